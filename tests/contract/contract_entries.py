@@ -1,0 +1,301 @@
+"""The modules under contract: one entry a public module, or one a variant where variants differ in their parameters.
+
+Run as a script, it puts the state dicts of all entries on record. Do so for a new entry; a change to an old one breaks
+the checkpoints that users have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from contract_checks import NAMES_FILE, Entry
+
+from torchlayers.factorized import ComplexParameters
+from torchlayers.tensor_attention import TensorAttention, TensorTransformerBlock
+from torchlayers.tfno import (
+    TFNO,
+    FactorizedTensor,
+    FNOBlocks,
+    H1Loss,
+    JointSpectralWeights,
+    LpLoss,
+    MultiGridParallel,
+    MultiGridPatching,
+    MultigridPatching2D,
+    SpectralConv,
+)
+
+
+def because(reason: str, *items: str) -> dict[str, str]:
+    return dict.fromkeys(items, reason)
+
+
+NO_LEADING = because("the peer takes one batch dimension", "leading_dimensions")
+
+# What takes most of the time; a second variant of a module goes through it in the slow run.
+COMPILERS = ("compiled", "exported")
+
+# A module that is called without arguments.
+NO_INPUT: Mapping[str, str] = {
+    **because("no input", "noncontiguous", "leading_dimensions", "empty_batch", "exported", "bad_input"),
+    **because("no batch to share out; the layers that hold it are under contract themselves", "ddp", "fsdp2"),
+}
+
+NO_PARAMETERS: Mapping[str, str] = because(
+    "no parameters", "device_and_dtype", "meta", "state_dict", "safetensors", "weights_only", "ddp", "fsdp2"
+)
+LOSS: Mapping[str, str] = {
+    **NO_PARAMETERS,
+    **because("reduces the batch", "leading_dimensions", "empty_batch"),
+}
+
+
+# Public module classes without an entry, and why.
+NO_ENTRY: Mapping[type, str] = {
+    ComplexParameters: "a base class, under contract through what derives from it",
+    MultigridPatching2D: "holds a model without calling it: it has no forward and no parameters of its own",
+    MultiGridParallel: "runs a user's model over a device mesh: tested in processes of its own, in tests/tfno",
+}
+
+
+def _grid(channels: int, *grid: int):
+    return lambda batch, dtype: (torch.randn(batch, channels, *grid, dtype=dtype),)
+
+
+def _bad_fields(channels: int):
+    return {
+        "x#no tensor": lambda m: m([[1.0]]),
+        "x#dimensions": lambda m: m(torch.randn(2, channels, 8)),
+        "x#channels": lambda m: m(torch.randn(2, channels + 1, 8, 8)),
+        "x#dtype": lambda m: m(torch.ones(2, channels, 8, 8, dtype=torch.int64)),
+    }
+
+
+def _spectral_conv(name: str, channels=(3, 4), n_modes=(4, 4), grid=(8, 7), slow=(), **options) -> Entry:
+    return Entry(
+        name=f"SpectralConv[{name}]",
+        module=SpectralConv,
+        factory=lambda **keywords: SpectralConv(*channels, n_modes, **options, **keywords),
+        make_input=_grid(channels[0], *grid),
+        shows=(f"{channels[0]}, {channels[1]}",),
+        bad_calls={**_bad_fields(channels[0]), "output_shape": lambda m: m(torch.randn(2, channels[0], 8, 8), (8,))},
+        bad_constructions={
+            "in_channels": lambda: SpectralConv(0, 4, (4, 4)),
+            "out_channels": lambda: SpectralConv(3, 2.5, (4, 4)),
+            "n_modes": lambda: SpectralConv(3, 4, (4, 0)),
+            "max_n_modes": lambda: SpectralConv(3, 4, (4, 4), max_n_modes=(4,)),
+            "rank": lambda: SpectralConv(3, 4, (4, 4), factorization="tucker", rank=-1.0),
+            "factorization": lambda: SpectralConv(3, 4, (4, 4), factorization="tuckr"),
+            "fno_block_precision": lambda: SpectralConv(3, 4, (4, 4), fno_block_precision="low"),
+            "method": lambda: SpectralConv(3, 4, (4, 4), method="dct"),
+            "backend": lambda: SpectralConv(3, 4, (4, 4), backend="cuda"),
+        },
+        not_applicable=NO_LEADING,
+        second_order=True,
+        slow=slow,
+    )
+
+
+def _tfno(name: str, slow=(), **options) -> Entry:
+    return Entry(
+        name=f"TFNO[{name}]",
+        module=TFNO,
+        factory=lambda **keywords: TFNO((4, 4), 2, 1, 4, n_layers=2, **options, **keywords),
+        make_input=_grid(2, 6, 7),
+        bad_calls=_bad_fields(2),
+        bad_constructions={
+            "n_modes": lambda: TFNO((), 2, 1, 4),
+            "in_channels": lambda: TFNO((4, 4), 0, 1, 4),
+            "hidden_channels": lambda: TFNO((4, 4), 1, 1, 0),
+            "n_layers": lambda: TFNO((4, 4), 1, 1, 4, n_layers=0),
+            "norm": lambda: TFNO((4, 4), 1, 1, 4, norm="layer"),
+            "positional_embedding": lambda: TFNO((4, 4), 1, 1, 4, positional_embedding="gird"),
+        },
+        not_applicable=NO_LEADING,
+        slow=slow,
+    )
+
+
+def _factorized(name: str, factorization: str, **options) -> Entry:
+    return Entry(
+        name=f"FactorizedTensor[{name}]",
+        module=FactorizedTensor,
+        factory=lambda **keywords: FactorizedTensor((5, 4, 6), factorization, 0.5, **options, **keywords),
+        make_input=lambda batch, dtype: (),
+        shows=("shape=(5, 4, 6)", factorization),
+        bad_constructions={
+            "shape": lambda: FactorizedTensor((5, 0), "cp"),
+            "factorization": lambda: FactorizedTensor((5, 4), "cpd"),
+            "rank": lambda: FactorizedTensor((5, 4), "cp", rank=0),
+            "init_std": lambda: FactorizedTensor((5, 4), init_std=-1.0),
+        },
+        not_applicable=NO_INPUT,
+        second_order=True,
+    )
+
+
+def _loss(cls: type, bad_constructions: Mapping, **options) -> Entry:
+    return Entry(
+        name=cls.__name__,
+        module=cls,
+        factory=lambda **_: cls(d=2, **options),
+        make_input=lambda batch, dtype: (
+            torch.randn(batch, 2, 6, 5, dtype=dtype),
+            torch.randn(batch, 2, 6, 5, dtype=dtype),
+        ),
+        shows=("d=2", "reduction='mean'"),
+        bad_calls={
+            "pred": lambda m: m(1.0, torch.randn(2, 1, 4, 4)),
+            "target": lambda m: m(torch.randn(2, 1, 4, 4), torch.randn(2, 4, 4)),
+        },
+        bad_constructions={
+            "d": lambda: cls(d=0),
+            "reduction": lambda: cls(reduction="meen"),
+            **bad_constructions,
+        },
+        not_applicable={**LOSS, **({"source": "the textbook L^p norm"} if cls is LpLoss else {})},
+    )
+
+
+def _bad_sequences(width: int):
+    return {
+        "query#no tensor": lambda m: m([[1.0]]),
+        "query#dimensions": lambda m: m(torch.randn(2, 3, 4, width)),
+        "query#channels": lambda m: m(torch.randn(2, 3, width + 1)),
+        "key_padding_mask": lambda m: m(torch.randn(2, 3, width), key_padding_mask=torch.zeros(2, 4).bool()),
+        "attn_mask": lambda m: m(torch.randn(2, 3, width), attn_mask=torch.zeros(3, 3).bool()),
+        "need_weights": lambda m: m(torch.randn(2, 3, width), need_weights=True),
+    }
+
+
+def _tensor_attention(name: str, slow=(), **options) -> Entry:
+    return Entry(
+        name=f"TensorAttention[{name}]",
+        module=TensorAttention,
+        factory=lambda **keywords: TensorAttention(12, 2, batch_first=True, **options, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 7, 12, dtype=dtype),),
+        shows=("12, 2", "form="),
+        bad_calls=_bad_sequences(12),
+        bad_constructions={
+            "embed_dim": lambda: TensorAttention(0, 1),
+            "num_heads": lambda: TensorAttention(12, 5),
+            "num_kv_heads": lambda: TensorAttention(12, 4, num_kv_heads=3),
+            "head_dim": lambda: TensorAttention(12, 3, form="determinant"),
+            "dropout": lambda: TensorAttention(12, 2, dropout=1.0),
+            "window1": lambda: TensorAttention(12, 2, window1=0),
+            "window2": lambda: TensorAttention(12, 2, window2=(1, -2)),
+            "form": lambda: TensorAttention(12, 2, form="trilinea"),
+            "approx": lambda: TensorAttention(12, 2, approx="taylor"),
+            "degree": lambda: TensorAttention(12, 2, degree=3),
+            "backend": lambda: TensorAttention(12, 2, backend="cuda"),
+        },
+        not_applicable=NO_LEADING,
+        slow=slow,
+    )
+
+
+ENTRIES: list[Entry] = [
+    _spectral_conv("dense"),
+    _spectral_conv("cp", factorization="cp", rank=0.5, slow=COMPILERS),
+    _spectral_conv("tucker", factorization="tucker", rank=0.5),
+    _spectral_conv("tt", factorization="tt", rank=0.5, slow=COMPILERS),
+    _spectral_conv("separable", channels=(3, 3), factorization="tucker", separable=True, slow=COMPILERS),
+    _tfno("tucker", rank=0.5),
+    _tfno("joint", rank=0.5, joint_factorization=True, norm="group_norm", slow=COMPILERS),
+    Entry(
+        name="FNOBlocks",
+        module=FNOBlocks,
+        factory=lambda **keywords: FNOBlocks(3, 3, (4, 4), factorization="cp", rank=0.5, **keywords),
+        make_input=_grid(3, 6, 7),
+        bad_calls=_bad_fields(3),
+        bad_constructions={
+            "in_channels": lambda: FNOBlocks(0, 4, (4, 4)),
+            "out_channels": lambda: FNOBlocks(3, 4, (4, 4), n_layers=2),
+            "n_layers": lambda: FNOBlocks(3, 3, (4, 4), n_layers=0),
+            "fno_skip": lambda: FNOBlocks(3, 3, (4, 4), fno_skip="line"),
+            "stabilizer": lambda: FNOBlocks(3, 3, (4, 4), stabilizer="tan"),
+        },
+        not_applicable=NO_LEADING,
+    ),
+    Entry(
+        name="JointSpectralWeights",
+        module=JointSpectralWeights,
+        factory=lambda **keywords: JointSpectralWeights(2, 3, 3, (4, 4), factorization="tucker", **keywords),
+        make_input=lambda batch, dtype: (),
+        bad_constructions={
+            "n_layers": lambda: JointSpectralWeights(0, 3, 3, (4, 4)),
+            "n_modes": lambda: JointSpectralWeights(2, 3, 3, ()),
+            "rank": lambda: JointSpectralWeights(2, 3, 3, (4, 4), factorization="tucker", rank=(1, 2)),
+        },
+        not_applicable=NO_INPUT,
+    ),
+    _factorized("dense", "dense"),
+    _factorized("cp", "cp", complex=True),
+    _factorized("tucker", "tucker"),
+    _factorized("tt", "tt", complex=True),
+    Entry(
+        name="MultiGridPatching",
+        module=MultiGridPatching,
+        factory=lambda **_: MultiGridPatching(levels=1, padding=1),
+        make_input=_grid(2, 8, 12),
+        shows=("levels=1", "padding=(1, 1)"),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]]),
+            "x#dimensions": lambda m: m(torch.randn(2, 8, 8)),
+            "x#size": lambda m: m(torch.randn(2, 1, 8, 9)),
+        },
+        bad_constructions={
+            "levels": lambda: MultiGridPatching(levels=-1),
+            "n_dim": lambda: MultiGridPatching(levels=1, n_dim=4),
+            "padding": lambda: MultiGridPatching(levels=1, padding=-1),
+            "padding_mode": lambda: MultiGridPatching(levels=1, padding_mode="circle"),
+            "patches": lambda: MultiGridPatching(levels=1, patches=0),
+        },
+        not_applicable={**NO_PARAMETERS, **because("patches go into the batch dimension", "leading_dimensions")},
+        second_order=True,
+    ),
+    _tensor_attention("trilinear", is_causal=True, window1=4, window2=3, num_kv_heads=1),
+    _tensor_attention("determinant", form="determinant", rotary=True, kv2_bias=True, slow=COMPILERS),
+    _tensor_attention("polynomial", approx="polynomial", degree=2),
+    Entry(
+        name="TensorTransformerBlock",
+        module=TensorTransformerBlock,
+        factory=lambda **keywords: TensorTransformerBlock(
+            12, 2, 16, 0.0, batch_first=True, is_causal=True, window2=3, **keywords
+        ),
+        make_input=lambda batch, dtype: (torch.randn(batch, 7, 12, dtype=dtype),),
+        bad_calls={
+            "src#no tensor": lambda m: m([[1.0]]),
+            "src#dimensions": lambda m: m(torch.randn(2, 3, 4, 12)),
+            "src#channels": lambda m: m(torch.randn(2, 3, 11)),
+            "attn_mask": lambda m: m(torch.randn(2, 3, 12), src_mask=torch.zeros(3, 3).bool()),
+        },
+        bad_constructions={
+            "d_model": lambda: TensorTransformerBlock(0, 2),
+            "nhead": lambda: TensorTransformerBlock(12, 0),
+            "dim_feedforward": lambda: TensorTransformerBlock(12, 2, 0),
+            "dropout": lambda: TensorTransformerBlock(12, 2, dropout=-0.1),
+            "activation": lambda: TensorTransformerBlock(12, 2, activation="rely"),
+            "layer_norm_eps": lambda: TensorTransformerBlock(12, 2, layer_norm_eps=0.0),
+            "window1": lambda: TensorTransformerBlock(12, 2, window1=0),
+        },
+        not_applicable=NO_LEADING,
+    ),
+    _loss(LpLoss, {"p": lambda: LpLoss(p=0.5)}),
+    _loss(H1Loss, {"periodic": lambda: H1Loss(periodic=(True,))}),
+]
+
+
+def record() -> None:
+    shapes = {
+        e.name: {n: list(t.shape) for n, t in e.build().state_dict().items()}
+        for e in ENTRIES
+        if "state_dict" not in e.not_applicable
+    }
+    NAMES_FILE.write_text(json.dumps(shapes, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record()

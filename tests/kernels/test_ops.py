@@ -1,0 +1,230 @@
+"""Registered operations: opcheck for every one, plain-torch implementations, compilation, bad input."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchlayers import _tables
+from torchlayers.kernels import _aot, _lib, tdft
+from torchlayers.kernels import tensor_attention as attention
+from torchlayers.testing import assert_close_rel, opcheck_all
+
+if _lib.INTERPRET:
+    pytest.skip("operations have their plain implementations outside the interpreter only", allow_module_level=True)
+
+
+@_tables.register_table("test_ops", shape=lambda n: (n,))
+def _ramp(n: int) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.float64)
+
+
+def _bases(n1=6, n2=5, k1=4, k2=3):
+    return torch.randn(2, k1, n1), torch.randn(2, n2, k2)
+
+
+def _forward_samples():
+    for dtype, requires_grad in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+        yield torch.randn(2, 3, 6, 5, dtype=dtype, requires_grad=requires_grad), *_bases()
+    yield torch.randn(3, 2, 5, 6).permute(1, 0, 3, 2).requires_grad_(), *_bases(), "ieee", True
+    yield torch.randn(0, 3, 6, 5, requires_grad=True), *_bases()
+
+
+def _inverse_samples():
+    for dtype in (torch.float32, torch.float16):
+        f1, f2 = _bases()
+        yield torch.randn(2, 4, 3, 2, 3, requires_grad=True), f1.transpose(1, 2), f2.transpose(1, 2), dtype
+    f1, f2 = _bases()
+    yield torch.randn(2, 4, 3, 0, 3, requires_grad=True), f1.mT, f2.mT, torch.float32, None, True
+
+
+def _epilogues(y, bases, field):
+    """Inverse transforms with a skip, an activation, and both."""
+    yield y, *bases, torch.float32, None, False, field, None
+    yield y, *bases, torch.float32, "low", False, None, "gelu"
+    yield y, *bases, torch.bfloat16, None, False, field, "gelu"
+
+
+def _line_samples():
+    f, x = torch.randn(2, 6, 4), torch.randn(2, 3, 6, requires_grad=True)
+    return [(x, f), (x.detach().half(), f, "ieee", True), (torch.randn(0, 3, 6, requires_grad=True), f)]
+
+
+def _line_inverse_samples():
+    g, y = torch.randn(2, 4, 6), torch.randn(2, 4, 2, 3, requires_grad=True)
+    return [(y, g), *_epilogues(y, (g,), torch.randn(2, 3, 6, requires_grad=True))]
+
+
+def _inverse_epilogue_samples():
+    f1, f2 = _bases()
+    y, field = torch.randn(2, 4, 3, 2, 3, requires_grad=True), torch.randn(2, 3, 6, 5, requires_grad=True)
+    return _epilogues(y, (f1.mT, f2.mT), field)
+
+
+def _inverse_backward_samples(d):
+    shape, modes, bases = ((2, 3, 6, 5), (2, 4, 3, 2, 3), tuple(f.mT for f in _bases()))
+    if d == 1:
+        shape, modes, bases = (2, 3, 6), (2, 4, 2, 3), (torch.randn(2, 4, 6),)
+    grad, y = torch.randn(shape), torch.randn(modes)
+    return [(grad, y, *bases, None, False, skip, "gelu") for skip in (None, torch.randn(shape))]
+
+
+def _mix_samples(kind, backward=False):
+    def randn(*size):
+        return torch.randn(*size, requires_grad=not backward)
+
+    x, g = randn(2, 6, 2, 3), torch.randn(2, 6, 2, 4)
+    factors = {
+        "dense": (randn(3, 4, 2, 3, 2),),
+        "tucker": (randn(3, 4, 2, 2, 2), randn(3, 2, 2)),
+        "cp": (randn(3, 5, 2), randn(2, 5, 2), randn(3, 5, 2), randn(4, 5, 2)),
+    }[kind]
+    if backward:
+        return [(g, x, *factors)]
+    return [(x, *factors), (x, *factors, True), (x.detach().half(), *factors)]
+
+
+def _attention_tensors(dtype=torch.float32, requires_grad=True, transposed=False):
+    shapes = ((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 3, 6), (2, 2, 7, 4), (2, 2, 3, 4))
+    for b, h, n, d in shapes:
+        x = torch.randn(b, n, h, d, dtype=dtype).transpose(1, 2) if transposed else torch.randn(b, h, n, d, dtype=dtype)
+        yield x.requires_grad_(requires_grad)
+
+
+_PLAIN = (None, None, None, 0.4, 0.0, [-1, -1], [-1, -1], False, "trilinear", 0, 0, 0)
+
+
+def _attention_samples():
+    keep = torch.tensor([[True] * 6 + [False]] * 2)
+    options = (keep, None, torch.tensor([7]), 0.4, 0.2, [3, 0], [-1, 0], True, "determinant", 2, 0, 1)
+    yield *_attention_tensors(), *_PLAIN
+    yield *_attention_tensors(transposed=True), *options
+    yield *_attention_tensors(torch.bfloat16, requires_grad=False), *_PLAIN
+
+
+def _attention_gradient_samples():
+    for grad_lse in (None, torch.randn(2, 4, 5)):
+        tensors = list(_attention_tensors(requires_grad=False))
+        out, lse = attention.tensor_attention_forward(*tensors, *_PLAIN)
+        yield torch.randn_like(out), grad_lse, *tensors, out, lse, *_PLAIN
+
+
+# Argument tuples for every operation under torchlayers::, those of tables included.
+SAMPLES = {
+    "table": lambda: [("test_ops", [4], torch.float32, torch.device("cpu"))],
+    "spectral_mix": lambda: _mix_samples("dense"),
+    "spectral_mix_cp": lambda: _mix_samples("cp"),
+    "spectral_mix_cp_backward": lambda: _mix_samples("cp", backward=True),
+    "spectral_mix_outer": lambda: [
+        (torch.randn(2, 6, 2, 3, requires_grad=True), torch.randn(2, 6, 2, 4, requires_grad=True), 3, conj)
+        for conj in (False, True)
+    ],
+    "spectral_mix_tucker": lambda: _mix_samples("tucker"),
+    "spectral_mix_tucker_backward": lambda: _mix_samples("tucker", backward=True),
+    "tdft1_forward": _line_samples,
+    "tdft1_inverse": _line_inverse_samples,
+    "tdft1_inverse_backward": lambda: _inverse_backward_samples(1),
+    "tensor_attention_forward": _attention_samples,
+    "tensor_attention_backward": _attention_gradient_samples,
+    "tensor_attention_chunked": _attention_samples,
+    "tensor_attention_chunked_backward": _attention_gradient_samples,
+    "tdft2_forward": _forward_samples,
+    "tdft2_inverse": lambda: [*_inverse_samples(), *_inverse_epilogue_samples()],
+    "tdft2_inverse_backward": lambda: _inverse_backward_samples(2),
+}
+
+
+def test_opcheck():
+    for name in _aot.kernel_modules():
+        importlib.import_module(f"torchlayers.kernels.{name}")
+    # Registers the chunked path, which is the attention kernels' plain implementation.
+    importlib.import_module("torchlayers.tensor_attention.functional")
+    results = opcheck_all(SAMPLES)
+    assert {"tdft2_forward", "tdft2_inverse", "spectral_mix", "table"} <= results.keys()
+
+
+def _complex(planes):
+    return torch.complex(*planes.double())
+
+
+def test_plain_implementations_are_the_definition():
+    f1, f2 = _bases()
+    x = torch.randn(2, 3, 6, 5)
+    modes = tdft.tdft2_forward(x, f1, f2)
+    expected = _complex(f1) @ x.to(torch.complex128) @ _complex(f2)
+    assert_close_rel(modes, torch.view_as_real(expected).permute(4, 2, 3, 0, 1))
+    planes = tdft.tdft2_inverse(modes, f1.mT, f2.mT, torch.bfloat16, conj=True)
+    expected = (_complex(f1.mT).conj() @ _complex(modes).permute(2, 3, 0, 1) @ _complex(f2.mT).conj()).real
+    assert planes.dtype == torch.bfloat16
+    assert_close_rel(planes, expected)
+
+
+def test_gradient_of_the_plain_implementations():
+    f1, f2 = _bases()
+    x = torch.randn(2, 3, 6, 5, requires_grad=True)
+    weight = torch.randn(2, 4, 3, 2, 3)
+    (gradient,) = torch.autograd.grad((tdft.tdft2_forward(x, f1, f2).pow(2) * weight).sum(), x)
+    exact = x.detach().double().requires_grad_()
+    modes = torch.view_as_real(_complex(f1) @ exact.to(torch.complex128) @ _complex(f2)).permute(4, 2, 3, 0, 1)
+    (expected,) = torch.autograd.grad((modes.pow(2) * weight).sum(), exact)
+    assert_close_rel(gradient, expected, rtol=5e-6)
+
+
+def test_full_graph_with_a_dynamic_batch():
+    f1, f2 = _bases()
+
+    def loss(x):
+        return tdft.tdft2_inverse(tdft.tdft2_forward(x, f1, f2), f1.mT, f2.mT).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 6, 5, requires_grad=True)
+        (ours,) = torch.autograd.grad(compiled(x), x)
+        (plain,) = torch.autograd.grad(loss(x), x)
+        assert_close_rel(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 6, 5)}, ValueError, r"x must have shape \(B, C, N1, N2\), got \(3, 6, 5\)"),
+        ({"x": torch.zeros(2, 3, 6, 5, dtype=torch.float64)}, TypeError, "x must be float32.*float64"),
+        ({"f1": torch.zeros(2, 4, 7)}, ValueError, r"f1 must have shape \(2, k1, N1\) = \(2, \*, 6\), got \(2, 4, 7\)"),
+        ({"f1": torch.zeros(2, 4, 6).double()}, TypeError, "f1 must be float32"),
+        ({"f2": torch.zeros(5, 3)}, ValueError, "f2 must have shape"),
+        ({"f2": torch.zeros(1, 5, 3)}, ValueError, "f2 must have shape"),
+        ({"precision": "exact"}, ValueError, "precision must be None or one of"),
+    ],
+)
+def test_forward_refuses(change, error, message):
+    f1, f2 = _bases()
+    with pytest.raises(error, match=message):
+        tdft.tdft2_forward(**{"x": torch.zeros(2, 3, 6, 5), "f1": f1, "f2": f2} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"y": torch.zeros(3, 4, 3, 2, 3)}, ValueError, r"y must have shape \(2, k1, k2, B, C\)"),
+        ({"y": torch.zeros(2, 4, 3, 2, 3, dtype=torch.bfloat16)}, TypeError, "y must be float32"),
+        ({"g1": torch.zeros(2, 6, 5)}, ValueError, r"g1 must have shape \(2, N1, k1\) = \(2, \*, 4\)"),
+        ({"g2": torch.zeros(2, 2, 5)}, ValueError, r"g2 must have shape \(2, k2, N2\) = \(2, 3, \*\)"),
+        ({"dtype": torch.float64}, TypeError, "dtype must be float32"),
+    ],
+)
+def test_inverse_refuses(change, error, message):
+    f1, f2 = _bases()
+    with pytest.raises(error, match=message):
+        tdft.tdft2_inverse(**{"y": torch.zeros(2, 4, 3, 2, 3), "g1": f1.mT, "g2": f2.mT} | change)
+
+
+def test_kernels_refuse_a_second_name():
+    """``import kernels`` from the repository's root would register every operation again."""
+    root = Path(_lib.__file__).parents[1]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import kernels._lib"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 1
+    assert "import the kernels as torchlayers.kernels" in result.stderr

@@ -1,0 +1,107 @@
+"""Layers of recent papers as PyTorch modules, with Triton kernels for their hot paths.
+
+Modules import from here (``torchlayers.SpectralConv``), functions from :mod:`torchlayers.functional`, and both from
+their family (:mod:`torchlayers.tfno`). Families load on first use, so that ``import torchlayers`` stays fast and
+needs no optional dependency.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# In a source checkout the kernels lie beside this package, in an installed one inside it (pyproject.toml maps them).
+_root = os.path.dirname(__path__[0])
+if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isfile(
+    os.path.join(_root, "kernels", "_lib.py")
+):
+    __path__.append(_root)
+del _root
+
+from ._backend import BackendError, backend, last_dispatch  # noqa: E402
+
+if TYPE_CHECKING:
+    from . import functional as functional
+    from . import tensor_attention as tensor_attention
+    from . import testing as testing
+    from . import tfno as tfno
+    from . import training as training
+    from ._surgery import convert as convert
+    from .factorized import FactorizedTensor as FactorizedTensor
+    from .tensor_attention import TensorAttention as TensorAttention
+    from .tensor_attention import TensorTransformerBlock as TensorTransformerBlock
+    from .tfno import TFNO as TFNO
+    from .tfno import FNOBlocks as FNOBlocks
+    from .tfno import H1Loss as H1Loss
+    from .tfno import JointSpectralWeights as JointSpectralWeights
+    from .tfno import LpLoss as LpLoss
+    from .tfno import MultiGridParallel as MultiGridParallel
+    from .tfno import MultiGridPatching as MultiGridPatching
+    from .tfno import MultigridPatching2D as MultigridPatching2D
+    from .tfno import SpectralConv as SpectralConv
+
+# Public name -> the submodule it comes from. The imports above say the same to editors; a test compares the two
+# with each family's __all__.
+_LAZY = {
+    "FNOBlocks": "tfno",
+    "FactorizedTensor": "factorized",
+    "H1Loss": "tfno",
+    "JointSpectralWeights": "tfno",
+    "LpLoss": "tfno",
+    "MultiGridParallel": "tfno",
+    "MultiGridPatching": "tfno",
+    "MultigridPatching2D": "tfno",
+    "SpectralConv": "tfno",
+    "TFNO": "tfno",
+    "TensorAttention": "tensor_attention",
+    "TensorTransformerBlock": "tensor_attention",
+    "convert": "_surgery",
+}
+_SUBMODULES = (
+    "data",
+    "experiments",
+    "factorized",
+    "functional",
+    "kernels",
+    "tensor_attention",
+    "testing",
+    "tfno",
+    "training",
+)
+
+__all__ = [
+    "TFNO",
+    "BackendError",
+    "FNOBlocks",
+    "FactorizedTensor",
+    "H1Loss",
+    "JointSpectralWeights",
+    "LpLoss",
+    "MultiGridParallel",
+    "MultiGridPatching",
+    "MultigridPatching2D",
+    "SpectralConv",
+    "TensorAttention",
+    "TensorTransformerBlock",
+    "backend",
+    "convert",
+    "last_dispatch",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})
