@@ -382,5 +382,5 @@ def cases(device: str) -> Iterator[Case]:
         yield _polynomial("crossover", 1, n, 8, 4, causal=False, compare=True, headline=n in (64, 512), quick=n == 32)
     for causal in (False, True):
         for n in (1024, 4096, 16384, 65536):
-            if not causal or n <= 16384:
+            if not causal or n <= 4096:
                 yield _polynomial("polynomial", 1, n, 8, 4, causal=causal, compare=False, headline=n == 16384)

@@ -108,7 +108,7 @@ def test_fixed_and_explicit_ranks():
         (ValueError, "rank must have 3 entries, got 2", (SHAPE, "tucker", (2, 2))),
         (ValueError, "rank must have 4 entries, got 3", (SHAPE, "tt", (1, 2, 1))),
         (ValueError, "begin and end with 1", (SHAPE, "tt", (2, 2, 2, 1))),
-        (ValueError, "rank must be one of 'same'", (SHAPE, "tt", "all")),
+        (ValueError, "rank must be a float, an int, a sequence of ints or 'same', got 'all'", (SHAPE, "tt", "all")),
         (ValueError, "did you mean 'tucker'", (SHAPE, "tuker", 0.5)),
         (TypeError, "factorization must be a str", (SHAPE, 3, 0.5)),
         (ValueError, "shape must have at least one mode", ((), "cp", 0.5)),

@@ -91,7 +91,8 @@ def validate_rank(
     if fixed and name != "tucker":
         raise ValueError(f"fixed_rank_modes must be empty for factorization {name!r} (Tucker has them), got {fixed}")
     if isinstance(rank, str):
-        check_choice("rank", rank, ["same"])
+        if rank != "same":
+            raise ValueError(f"rank must be a float, an int, a sequence of ints or 'same', got {rank!r}")
         rank = 1.0
     if isinstance(rank, bool) or rank is None:
         raise TypeError(f"rank must be a float, an int or a sequence of ints, got {rank!r} ({type(rank).__name__})")

@@ -95,5 +95,9 @@ def test_bad_input():
         H1Loss(periodic=(True,))
     with pytest.raises(TypeError, match="periodic must be a bool"):
         H1Loss(periodic=(1, 0))
+    with pytest.raises(TypeError, match="periodic must be a bool"):
+        H1Loss(periodic=1)
+    with pytest.raises(TypeError, match="pred must have a floating dtype"):
+        LpLoss()(u.long(), u)
     with pytest.raises(ValueError, match="at least 3 points"):
         H1Loss()(u[..., :2], u[..., :2])

@@ -311,7 +311,7 @@ class Rank:
 
 
 def bad_arguments(mesh):
-    """What each of these says on this rank; none communicates, so a rank alone gets there too."""
+    """What each of these says on this rank; none but "grid" communicates, so a rank alone gets there too."""
     four = MultiGridPatching(1)
     model = nn.Conv2d(2, 1, 1)
     unnamed = DeviceMesh("cpu", torch.arange(WORLD).view(2, 2))
@@ -333,6 +333,10 @@ def bad_arguments(mesh):
         MultigridPatching2D(model, 0, use_distributed=True, group=mesh.get_group("mp"))
     except ValueError as error:
         messages["wrapper"] = f"{type(error).__name__}: {error}"
+    try:
+        MultiGridParallel(nn.Conv2d(2, 1, 3), four, mesh)(torch.zeros(1, 1, 8, 8))
+    except ValueError as error:
+        messages["grid"] = f"{type(error).__name__}: {error}"
     return messages
 
 
@@ -435,6 +439,10 @@ def test_equals_one_process(results, mesh, case):
         ("mesh", "TypeError: mesh must be a DeviceMesh, got NoneType"),
         ("model", "TypeError: model must be a Module, got builtin_function_or_method"),
         ("patching", "TypeError: patching must be a MultiGridPatching, got int"),
+        (
+            "grid",
+            "ValueError: model must keep the batch and the grid of the patches, (1, 2, 4, 4), got (1, 1, 2, 2)",
+        ),
         ("wrapper", "ValueError: patches must divide over the ranks that share them, got 1 patches on 4 ranks"),
     ],
 )

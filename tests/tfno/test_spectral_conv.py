@@ -345,6 +345,7 @@ def test_incremental_modes():
         (ValueError, "resolution_scaling_factor must have 2 entries", {"resolution_scaling_factor": [2, 2, 2]}),
         (ValueError, "resolution_scaling_factor must be positive", {"resolution_scaling_factor": -1}),
         (ValueError, "init_std must be one of", {"init_std": "automatic"}),
+        (TypeError, "dtype must be a real floating-point dtype", {"dtype": torch.complex64}),
     ],
 )
 def test_bad_constructor_arguments(error, match, options):
@@ -376,6 +377,9 @@ def test_bad_calls():
     layer = SpectralConv(2, 2, (4, 4))
     with pytest.raises(ValueError, match="output_shape must have 2 entries"):
         layer(x, output_shape=(8,))
+    with pytest.raises(TypeError, match="output_shape must be a sequence of ints"):
+        layer(x, output_shape=8.0)
+    assert layer(x, output_shape=6).shape == spectral_conv(x, w, (4, 4), output_shape=6).shape == (1, 2, 6, 6)
     with pytest.raises(ValueError, match=r"n_modes\[0\] must be at most 4"):
         spectral_conv(x, w, (6, 4))
     with pytest.raises(TypeError, match="weight must have a complex dtype"):
@@ -384,6 +388,12 @@ def test_bad_calls():
         spectral_conv(x, None, (4, 4))
     with pytest.raises(ValueError, match="bias must have out_channels = 2 entries"):
         spectral_conv(x, w, (4, 4), bias=torch.zeros(3))
+    with pytest.raises(TypeError, match="bias must be a tensor"):
+        spectral_conv(x, w, (4, 4), bias=[0.0, 0.0])
+    with pytest.raises(TypeError, match="bias must have a real floating-point dtype"):  # not its real part taken
+        spectral_conv(x, w, (4, 4), bias=torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="bias must be on the device of x"):
+        spectral_conv(x, w, (4, 4), bias=torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match="weight must be given"):
         SpectralConv(2, 2, (4, 4), has_weight=False)(x)
     with pytest.raises(ValueError, match="backend='triton' was asked for"):

@@ -78,6 +78,12 @@ def test_one_and_three_dimensions(modes, grid):
     assert_close_rel(ours(x), theirs(x), rtol=1e-6)
 
 
+def test_coordinates_in_sixteen_bits_are_rounded_once():
+    for dtype, n in ((torch.bfloat16, 1000), (torch.float16, 70_000)):
+        grid = TFNO((4,), 1, 1, 4).positional_embedding(torch.zeros(1, 1, n, dtype=dtype))
+        torch.testing.assert_close(grid[0, 1], (torch.arange(n) / n).to(dtype), rtol=0, atol=0)
+
+
 def test_ada_in_equals_neuraloperators_blocks():
     layers = pytest.importorskip("neuralop.layers.fno_block")
     arguments = {"n_modes": (4, 4), "n_layers": 2, "norm": "ada_in", "ada_in_features": 3}
@@ -288,6 +294,8 @@ def test_incremental_modes_of_a_model():
         (ValueError, "domain_padding must not be negative", {"domain_padding": -0.1}),
         (ValueError, "resolution_scaling_factor must have n_layers", {"resolution_scaling_factor": [2, 2, 2]}),
         (ValueError, "n_layers must be at least 1", {"n_layers": 0}),
+        (ValueError, "channel_mlp_expansion must not be negative", {"channel_mlp_expansion": -1}),
+        (TypeError, "n_modes must be a sequence of ints, got 4.0", {"n_modes": 4.0}),
         (ValueError, "factorization must be one of", {"factorization": "svd"}),
         (ValueError, "fno_block_precision must be one of", {"fno_block_precision": "low"}),
         (TypeError, "ada_in_features must be an int", {"norm": "ada_in"}),
@@ -309,8 +317,21 @@ def test_bad_calls():
         model(torch.zeros(1, 2, 8, 8, dtype=torch.int64))
     with pytest.raises(TypeError, match="x must have a real floating-point dtype"):
         model(torch.zeros(1, 2, 8, 8, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"precision of the parameters, torch\.float32, got torch\.float64"):
+        model(torch.zeros(1, 2, 8, 8, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"precision of the parameters, torch\.float64, got torch\.float32"):
+        FNOBlocks(3, 3, (4, 4), dtype=torch.float64)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="output_shape must have 2 entries, one a layer"):
         model(torch.zeros(1, 2, 8, 8), output_shape=[(8, 8)] * 3)
+    padded = TFNO((4, 4), 2, 1, 4, n_layers=2, domain_padding=0.2)
+    for shape, name in (((8,), "output_shape"), ([(8,), None], r"output_shape\[0\]")):
+        with pytest.raises(ValueError, match=f"{name} must have 2 entries, got 1"):
+            padded(torch.zeros(1, 2, 8, 8), output_shape=shape)
+    assert padded(torch.zeros(1, 2, 8, 8), output_shape=12).shape == (1, 1, 12, 12)
+    with pytest.raises(TypeError, match="x must have a real floating-point dtype"):
+        FNOBlocks(3, 3, (4, 4))(torch.zeros(1, 3, 8, 8, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="x must have a complex dtype"):
+        FNOBlocks(3, 3, (4, 4), complex_data=True)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="x must have in_channels = 3"):
         FNOBlocks(3, 3, (4, 4))(torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="index must be in"):

@@ -46,6 +46,7 @@ def test_layers_of_a_config_win_in_order(toy):
         (["experiment=toy", "mesh.dp=-1", "mesh.mp=-1"], ["mesh", "at most one"]),
         (["experiment=toy", "ema.decay=1"], ["ema.decay", "below 1", "got 1.0"]),
         (["experiment=toy", "seed=1,2"], ["'seed=1,2'", "--multirun"]),
+        (["experiment=toy", "task=toy_study"], ["'task=toy_study'", "experiment=NAME"]),
         (["experiment=toy", "+extra=1"], ["'+extra=1'", "neither added nor removed"]),
         (["experiment=toy", "a=(("], ["'a=(('", "key=value"]),
         (["experiment=toy_wrong"], ["toy_wrong", "max_epoch", "did you mean 'trainer.max_epochs'"]),
@@ -87,6 +88,13 @@ def test_resume_takes_the_runs_own_config(toy, tmp_path):
     for wrong in ("optimizer.lr=3", "experiment=toy_study", "seed=1", "run_dir=x"):
         with pytest.raises(ConfigError, match="cannot be changed on resume"):
             resume_config(parse([f"resume={tmp_path}", wrong]))
+
+
+def test_folders_are_paths_and_not_hydras_grammar(run, tmp_path):
+    folder = tmp_path / "lr=0.1,b-seed0"
+    assert run("experiment=toy", "trainer.max_steps=1", f"run_dir={folder}")[0] == 0
+    assert run(f"resume={folder}")[0] == 0
+    assert load_config(folder).resume is None
 
 
 def test_resume_needs_a_run(toy, run, tmp_path):

@@ -1,5 +1,6 @@
 """One run in this process: what it leaves behind, and how it stops, goes on and fails."""
 
+import errno
 import json
 import math
 import pickle
@@ -14,6 +15,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from torchlayers.training import ConfigError, load_run
 from torchlayers.training.checkpoint import Checkpoints, RestrictedReader, load_tensors
+from torchlayers.training.log import RunLog
+from torchlayers.training.parallel import Parallel
 from torchlayers.training.runtime import seed_everything
 from torchlayers.training.sampling import Sampler, load
 from torchlayers.training.task import TensorSet
@@ -109,6 +112,43 @@ def test_a_run_that_stops_goes_on_bit_for_bit(unbroken, run, tmp_path, metrics, 
     assert len(json.loads((folder / "versions.json").read_text())["starts"]) == 2
 
 
+def test_a_signal_in_the_last_step_is_not_lost(run, tmp_path):
+    code, _, err = run("experiment=toy", "trainer.max_steps=2", "fault=term", "at=2", f"run_dir={tmp_path / 'r'}")
+    assert code == 143 and "stopped by SIGTERM after step 2" in err
+    assert (tmp_path / "r" / "summary.json").exists()  # and the run is complete
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Parallel, "_norm", lambda self, gradients: math.inf)
+    code, _, err = run("experiment=toy", "trainer.grad_clip=1.0", f"run_dir={tmp_path / 'r'}")
+    assert code == 1 and "the norm of the gradient is inf in step 1, batch 1 of 6" in err
+
+
+def test_nan_is_never_the_best(run, tmp_path, monkeypatch, toy):
+    monkeypatch.setattr(toy.ToyTask, "evaluate", lambda self, *_: {"mae": (1.0 if self.step > 3 else math.nan, 1)})
+    arguments = ["checkpoint.every=3", "checkpoint.monitor=test/mae", f"run_dir={tmp_path / 'r'}"]
+    assert run("experiment=toy", *arguments, "trainer.max_steps=6")[0] == 0
+    assert Checkpoints(tmp_path / "r", None, 1).read_state(6)["best"]["step"] == 6
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(run, tmp_path, monkeypatch):
+    def full(self, metrics):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", full)
+    code, _, err = run("experiment=toy", f"run_dir={tmp_path / 'r'}")
+    assert code == 1 and "stopped: [Errno 28] No space left on device" in err
+
+
+def test_an_error_after_the_start_removes_no_results(run, tmp_path, monkeypatch, toy):
+    def plots(self, *_):
+        raise ConfigError("late")
+
+    monkeypatch.setattr(toy.ToyTask, "plots", plots, raising=False)
+    assert run("experiment=toy", f"run_dir={tmp_path / 'r'}")[0] == 2
+    assert (tmp_path / "r" / "model.safetensors").exists() and (tmp_path / "r" / "checkpoints").exists()
+
+
 def test_resume_may_go_further(run, tmp_path, metrics):
     schedule = ["experiment=toy", "scheduler.steps=9"]
     assert run(*schedule, "trainer.max_steps=9", f"run_dir={tmp_path / 'a'}")[0] == 0
@@ -151,6 +191,7 @@ def test_a_damaged_checkpoint_is_named(unbroken, run, tmp_path):
         (["mesh.dp=2"], ["mesh dp=2", "world of 1 rank"]),
         (["trainer.activation_checkpointing=true", "model.blocks=false"], ["activation_checkpointing", "no blocks"]),
         (["data.samples=0"], ["empty"]),
+        (["optimizer.betas=[2,0.9]"], ["Invalid beta parameter at index 0: 2.0"]),
     ],
 )
 def test_what_cannot_start_leaves_no_folder(run, tmp_path, arguments, words):

@@ -65,6 +65,7 @@ def test_all_combinations():
     [
         (["sweep=toy_width"], ["unknown sweep 'toy_width'", "did you mean 'toy_widths'"]),
         (["sweep=toy_widths", "seed=3"], ["'seed=3' has no place in a sweep"]),
+        (["experiment=toy", "seed=1,a", "--multirun"], ["'seed=1,a' must name integers"]),
         (["sweep=toy_widths", "model.widht=3"], ["unknown key 'model.widht'"]),
         (["experiment=toy", "model.width=1,a", "--multirun"], ["model.width=a", "Integer"]),
     ],

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torchlayers.training import Config, Data, DataConfig, Task, TensorSet, group, key, register
+from torchlayers.training import Config, Data, DataConfig, Task, TensorSet, checkpoint, group, key, register
 from torchlayers.training.cli import main
 from torchlayers.training.config import Mesh, Trainer
 from torchlayers.training.parallel import Parallel, full
@@ -42,7 +42,7 @@ class ToyModel:
 class Toy(Config):
     data: ToyData = group(ToyData)
     model: ToyModel = group(ToyModel)
-    fault: str = key("", "kill, term, interrupt, nan, full or die at step `at` of the first start")
+    fault: str = key("", "kill, kill_writing, term, interrupt, nan, full or die at step `at` of the first start")
     at: int = key(0, "the step of the fault")
     split: bool = key(False, "the ranks of an sp or mp group cut the samples of a batch among them")
 
@@ -131,7 +131,7 @@ class ToyTask(Task):
         x, y = batch
         return {"mae": ((model(x) - y).abs().sum(), len(x))}
 
-    def fault_kill(self, x):
+    def fault_kill(self, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def fault_term(self, x):
@@ -144,6 +144,11 @@ class ToyTask(Task):
 
     def fault_nan(self, x):
         return x * float("nan")
+
+    def fault_kill_writing(self, x):
+        """In the middle of the next checkpoint. Only in a child."""
+        checkpoint.write_json = self.fault_kill
+        return x
 
     def fault_full(self, x):
         """From here on no file may grow over 3 kB, as on a full disk."""

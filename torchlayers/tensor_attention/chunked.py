@@ -22,8 +22,9 @@ from .._attention import allowed, philox_keep
 
 __all__ = ["chunked_attention", "chunked_backward", "chunked_forward"]
 
-# Logits that are held at once, unless a single (i, j) of all heads has more: sized to stay in a core's cache.
-TILE = 2**17
+# Logits that are held at once, unless ROWS queries and one j of all heads have more: 1 MiB in float32, where a core's
+# cache still serves and torch's time per call hardly counts.
+TILE = 2**18
 ROWS = 16
 
 # Tiles are exponentiated in base 2: on a CPU exp2 takes a third of exp's time, and no slow path below the normal range.

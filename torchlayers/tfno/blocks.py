@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_dtype, check_int, check_ndim, check_size
+from .._checks import check_choice, check_dtype, check_int, check_ints, check_ndim, check_size
 from .modules import SpectralConv, scaling_factors
 from .precision import PRECISIONS
-from .weights import JointSpectralWeights
+from .weights import JointSpectralWeights, mode_totals
 
 __all__ = ["TFNO", "FNOBlocks"]
 
@@ -42,6 +42,13 @@ def _reset(module: nn.Module) -> None:
             reset()
         else:
             _reset(child)
+
+
+def _check_double(x: Tensor, module: nn.Module) -> None:
+    """float64 goes with float64; the rest is autocast's and FSDP's to cast."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and (x.real.dtype == torch.float64) != (parameter.dtype == torch.float64):
+        raise TypeError(f"x must have the precision of the parameters, {parameter.dtype}, got {x.dtype}")
 
 
 # --- parts ------------------------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ class FNOBlocks(nn.Module):
             check_choice(name, skip, [*SKIPS, None])
         check_choice("norm", norm, [*NORMS, None])
         check_choice("stabilizer", stabilizer, ["tanh", None])
-        modes = (n_modes,) if isinstance(n_modes, int) else tuple(n_modes)
+        modes = mode_totals(n_modes)
         self._n_modes = modes
         self.n_dim = len(modes)
         self.in_channels, self.out_channels, self.n_layers = in_channels, out_channels, n_layers
@@ -355,6 +362,8 @@ class FNOBlocks(nn.Module):
         self.fno_skips = skips(fno_skip) if fno_skip else None
         self.channel_mlp = self.channel_mlp_skips = None
         if use_channel_mlp:
+            if not channel_mlp_expansion >= 0:
+                raise ValueError(f"channel_mlp_expansion must not be negative, got {channel_mlp_expansion}")
             sizes = (out_channels, round(out_channels * channel_mlp_expansion), out_channels)
             self.channel_mlp = each(lambda: ChannelMLP(sizes, dropout=channel_mlp_dropout, **factory))
             self.channel_mlp_skips = skips(channel_mlp_skip) if channel_mlp_skip else None
@@ -378,7 +387,7 @@ class FNOBlocks(nn.Module):
         conv: Any
         for conv in self.convs:
             conv.n_modes = n_modes
-        self._n_modes = (n_modes,) if isinstance(n_modes, int) else tuple(n_modes)
+        self._n_modes = mode_totals(n_modes)
 
     def set_ada_in_embeddings(self, *embeddings: Tensor) -> None:
         """Set the embeddings of the "ada_in" norms: one for all, or one each (two a layer)."""
@@ -391,8 +400,9 @@ class FNOBlocks(nn.Module):
     def forward(self, x: Tensor, index: int = 0, output_shape: Sequence[int] | None = None) -> Tensor:
         """Layer ``index`` of ``x``, on a grid of ``output_shape`` where given."""
         check_ndim("x", x, self.n_dim + 2, f"(batch, channels, {self.n_dim} grid axes)")
-        check_dtype("x", x, kind="inexact")
+        check_dtype("x", x, kind="complex" if self.complex_data else "real")
         check_size("x", x, 1, self.in_channels, "in_channels")
+        _check_double(x, self)
         if not -self.n_layers <= index < self.n_layers:
             raise ValueError(f"index must be in [{-self.n_layers}, {self.n_layers}), got {index}")
         index = index % self.n_layers
@@ -458,7 +468,9 @@ class GridEmbedding(nn.Module):
         grid = x.shape[2:]
         channels = [x]
         for axis, n in enumerate(grid):
-            coordinate = torch.arange(n, device=x.device).to(x.dtype) / n
+            # In 16 bits the numbers of the points would be rounded or infinite.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            coordinate = (torch.arange(n, device=x.device).to(wide) / n).to(x.dtype)
             shape = [1] * x.ndim
             shape[2 + axis] = n
             channels.append(coordinate.view(shape).expand(x.shape[0], 1, *grid))
@@ -555,7 +567,7 @@ class TFNO(nn.Module):
         self.hidden_channels = check_int("hidden_channels", hidden_channels)
         self.n_layers = check_int("n_layers", n_layers)
         self.complex_data = bool(complex_data)
-        modes = (n_modes,) if isinstance(n_modes, int) else tuple(n_modes)
+        modes = mode_totals(n_modes)
         self.n_dim = len(modes)
         padding = None if domain_padding is None else _per_axis("domain_padding", domain_padding, self.n_dim)
         self.domain_padding = padding if padding and any(padding) else None
@@ -635,6 +647,7 @@ class TFNO(nn.Module):
         check_ndim("x", x, self.n_dim + 2, f"(batch, channels, {self.n_dim} grid axes)")
         check_size("x", x, 1, self.in_channels, "in_channels")
         check_dtype("x", x, kind="complex" if self.complex_data else "real")
+        _check_double(x, self.lifting)
         shapes = self._layer_shapes(output_shape)
         grid = tuple(x.shape[2:])
         if self.positional_embedding is not None:
@@ -653,11 +666,14 @@ class TFNO(nn.Module):
     def _layer_shapes(self, output_shape: Any) -> list[Any]:
         if output_shape is None:
             return [None] * self.n_layers
-        if all(isinstance(m, (int, torch.SymInt)) for m in output_shape):
-            return [None] * (self.n_layers - 1) + [tuple(output_shape)]
+        if isinstance(output_shape, int) or all(isinstance(m, (int, torch.SymInt)) for m in output_shape):
+            return [None] * (self.n_layers - 1) + [check_ints("output_shape", output_shape, self.n_dim)]
         if len(output_shape) != self.n_layers:
             raise ValueError(f"output_shape must have {self.n_layers} entries, one a layer, got {len(output_shape)}")
-        return list(output_shape)
+        return [
+            None if shape is None else check_ints(f"output_shape[{i}]", shape, self.n_dim)
+            for i, shape in enumerate(output_shape)
+        ]
 
     def _padding(self, grid: Sequence[int], size: Sequence[int]) -> list[int]:
         """Points of padding at either end of the axes of ``size``, which show the domain that ``grid`` does."""

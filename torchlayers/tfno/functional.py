@@ -19,7 +19,7 @@ from .weights import IMPLEMENTATIONS, SpectralWeight, mix
 
 __all__ = ["spectral_conv", "spectral_resample", "truncated_irfftn", "truncated_rfftn"]
 
-METHODS = ("auto", "fft", "dft", "mixed")
+METHODS = ("auto", *transforms.METHODS)
 ACTIVATIONS = ("gelu", "relu")
 
 
@@ -211,7 +211,7 @@ def spectral_conv(
         raise ValueError(f"weight must have {lead} channel axes and at least one of modes, got shape {w.shape}")
     _check_input(x, w, d, complex_data)
     grid = tuple(x.shape[2:])
-    size = grid if output_shape is None else check_ints("output_shape", tuple(output_shape), d)
+    size = grid if output_shape is None else check_ints("output_shape", output_shape, d)
     stored = w.shape[lead:]
     totals = stored if complex_data else (*stored[:-1], 2 * stored[-1] - 1)
     if n_modes is not None:
@@ -222,9 +222,8 @@ def spectral_conv(
         totals = n_modes
     kept = kept_modes(totals, stored, grid, size, complex_data)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if bias is not None and bias.numel() != w.shape[lead - 1]:
-        raise ValueError(f"bias must have out_channels = {w.shape[lead - 1]} entries, got shape {tuple(bias.shape)}")
-
+    if bias is not None:
+        _check_bias(bias, x, w.shape[lead - 1])
     check_choice("precision", precision, PRECISIONS)
     check_choice("activation", activation, [*ACTIVATIONS, None])
     if activation is not None and complex_data:
@@ -282,6 +281,15 @@ def _check_precision(precision: str, x: Tensor, triton: bool) -> None:
         raise ValueError(
             f"precision (fno_block_precision) must be 'full' on a CPU, got {precision!r}: 16-bit products are for GPUs"
         )
+
+
+def _check_bias(bias: Tensor, x: Tensor, channels: int) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or None, got {bias!r} ({type(bias).__name__})")
+    check_dtype("bias", bias, kind="real")
+    if bias.numel() != channels:
+        raise ValueError(f"bias must have out_channels = {channels} entries, got shape {tuple(bias.shape)}")
+    check_same_device("bias", bias, "x", x)
 
 
 def _check_skip(skip: Tensor, x: Tensor, shape: tuple[int, ...], complex_data: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_int
+from .._checks import check_choice, check_dtype, check_int
 
 __all__ = ["H1Loss", "LpLoss"]
 
@@ -35,6 +35,7 @@ class _RelativeLoss(nn.Module):
                     f"{name} must have a batch and {self.d} grid dimensions (B, ..., N1, ..., Nd), "
                     f"got shape {tuple(u.shape)}"
                 )
+            check_dtype(name, u, kind="inexact")
         if pred.shape != target.shape:
             raise ValueError(
                 f"pred must have the shape of target, {tuple(target.shape)}, got {tuple(pred.shape)}: "
@@ -126,7 +127,7 @@ class H1Loss(_RelativeLoss):
         self, d: int = 2, periodic: bool | Sequence[bool] = True, *, reduction: str = "mean", eps: float = 1e-8
     ):
         super().__init__(d, reduction, eps)
-        flags = (periodic,) * d if isinstance(periodic, bool) else tuple(periodic)
+        flags = tuple(periodic) if isinstance(periodic, Sequence) else (periodic,) * d
         if not all(isinstance(flag, bool) for flag in flags):
             raise TypeError(f"periodic must be a bool or one an axis, got {periodic!r}")
         if len(flags) != d:

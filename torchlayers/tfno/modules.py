@@ -14,7 +14,7 @@ from .._checks import check_choice, check_ints
 from ..factorized import FactorizedTensor
 from .functional import METHODS, spectral_conv, spectral_resample
 from .precision import PRECISIONS
-from .weights import IMPLEMENTATIONS, SpectralWeight, auto_std, channel_axes, stored_modes
+from .weights import IMPLEMENTATIONS, SpectralWeight, auto_std, channel_axes, mode_totals, stored_modes
 
 __all__ = ["SpectralConv"]
 
@@ -108,6 +108,8 @@ class SpectralConv(nn.Module):
         check_choice("method", method, METHODS)
         if backend is not None:
             check_choice("backend", backend, BACKENDS)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating-point dtype, got {dtype}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.complex_data = bool(complex_data)
         self.separable = bool(separable)
@@ -170,12 +172,11 @@ class SpectralConv(nn.Module):
                     f"n_modes[{axis}] must keep at most max_n_modes[{axis}] = {limit} frequencies, got {m} "
                     f"(n_modes = {n_modes})"
                 )
-        totals = (n_modes,) if isinstance(n_modes, int) else tuple(n_modes)
-        self._n_modes, self._totals = stored, totals
+        self._n_modes, self._totals = stored, mode_totals(n_modes)
 
     def _output_shape(self, grid: Sequence[int], output_shape: Sequence[int] | None) -> tuple[int, ...]:
         if output_shape is not None:
-            return check_ints("output_shape", tuple(output_shape), self.order)
+            return check_ints("output_shape", output_shape, self.order)
         if self.resolution_scaling_factor is None:
             return tuple(grid)
         return tuple(max(1, round(n * r)) for n, r in zip(grid, self.resolution_scaling_factor, strict=True))

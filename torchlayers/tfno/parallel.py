@@ -75,7 +75,7 @@ class MultiGridParallel(nn.Module):
 
     Raises:
         ValueError: patches that do not divide over mp, or a mesh without the two dimensions: at construction, on
-            every rank, before any communication.
+            every rank, before any communication. A model that changes the patches' batch or grid: at the call.
         TypeError: arguments of another kind.
 
     Source: "Multi-Grid Tensorized Fourier Neural Operator for High-Resolution PDEs" (arXiv 2310.00120):
@@ -154,7 +154,12 @@ class MultiGridParallel(nn.Module):
             if self._patch_group[1] > 1 and x.requires_grad:
                 (x,) = _Shared.apply([self._patch_group], x)
             x = self.patching.patch(x, self.indices)
-        y = self.patching.crop(self._run(x))
+        y = self._run(x)
+        if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:  # of which the inner pixels are not known
+            raise ValueError(
+                f"model must keep the batch and the grid of the patches, {tuple(x.shape)}, got {tuple(y.shape)}"
+            )
+        y = self.patching.crop(y)
         return self.stitch(y) if self.stitching else y
 
     def patch_target(self, y: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .._tables import register_table, table
 
 __all__ = ["METHODS", "choose_method", "forward", "inverse", "spectrum", "synthesis", "transposed"]
 
-METHODS = ("dft", "fft", "mixed")
+METHODS = ("fft", "dft", "mixed")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------

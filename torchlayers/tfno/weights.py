@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_int
+from .._checks import check_choice, check_int, check_ints
 from ..factorized import FactorizedSlice, FactorizedTensor, as_real
 from .transforms import transposed
 
@@ -369,12 +369,17 @@ def channel_axes(in_channels: int, out_channels: int, separable: bool) -> tuple[
     return (in_channels,)
 
 
-def stored_modes(n_modes: Sequence[int] | int, complex_data: bool) -> tuple[int, ...]:
-    """Totals to the sizes of a weight's mode axes."""
-    modes = (n_modes,) if isinstance(n_modes, int) else tuple(n_modes)
+def mode_totals(n_modes: Sequence[int] | int) -> tuple[int, ...]:
+    """``n_modes`` an axis; an int is that of one axis."""
+    modes = check_ints("n_modes", n_modes)
     if not modes:
         raise ValueError("n_modes must have at least one entry, got ()")
-    modes = tuple(check_int(f"n_modes[{i}]", m) for i, m in enumerate(modes))
+    return modes
+
+
+def stored_modes(n_modes: Sequence[int] | int, complex_data: bool) -> tuple[int, ...]:
+    """Totals to the sizes of a weight's mode axes."""
+    modes = mode_totals(n_modes)
     return modes if complex_data else (*modes[:-1], modes[-1] // 2 + 1)
 
 

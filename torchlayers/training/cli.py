@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -22,7 +23,8 @@ _USAGE = """train.py experiment=NAME [key=value ...]      train one model, or ru
        train.py resume=FOLDER                        continue a run
        train.py sweep=NAME [key=value ...]           a comparison of configs/sweep
        train.py experiment=NAME key=a,b --multirun   all combinations of the values named
-       torchrun --nproc-per-node N train.py ...      the same on several processes"""
+       torchrun --nproc-per-node N train.py ...      the same on several processes
+       train.py experiment=NAME [key=value ...] --cfg    show the resolved config and stop"""
 
 
 def main(arguments: Sequence[str] | None = None, *, config_dir: str | Path) -> int:
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str] | None = None, *, config_dir: str | Path) -> i
     except KeyboardInterrupt:
         sys.stderr.write(f"{who}: interrupted outside a step; nothing was written since the last checkpoint\n")
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        sys.stderr.write(f"{who}: stopped: {error}; resume= goes on from the last checkpoint\n")
+        return 1
     except RuntimeError as error:
         if rank is None or not is_lost_rank(error):
             raise

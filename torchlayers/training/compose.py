@@ -56,6 +56,10 @@ def parse(arguments: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in arguments:
+        key, _, value = text.partition("=")
+        if key in ("run_dir", "resume") and value not in ("", "null") and value[0] not in "'\"":
+            parsed.append(Override(key, value, text))  # a path as it is: Hydra would refuse "=" and split at ","
+            continue
         try:
             override = parser.parse_overrides([text])[0]
         except OverrideParseException as error:
@@ -222,6 +226,8 @@ def _assign(config: Any, override: Override) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if override.key == "task":
+        raise ConfigError(f"{override.text!r} belongs in a file of configs/experiment: choose one by experiment=NAME")
     keys = list(_flatten(config))
     if override.key not in keys:
         if any(k.startswith(override.key + ".") for k in keys):

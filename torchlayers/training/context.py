@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -119,7 +120,8 @@ def execute(config: Config) -> tuple[Path, dict[str, float]]:
             metrics = dict(experiment.run(context) or {})
             context.finish(metrics)
         except ConfigError:
-            if runtime.main and not context.resumed:  # nothing ran: leave no folder that looks as if
+            # Nothing ran: leave no folder that looks as if.
+            if runtime.main and not context.resumed and not context.log.path.exists():
                 context.log.close()
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -143,7 +145,7 @@ def _open_folder(config: Config, runtime: Runtime) -> Path:
             elif folder.is_dir() and any(folder.iterdir()):
                 raise ConfigError(f"run_dir {folder} is not empty; resume={folder} continues the run in it")
             folder.mkdir(parents=True, exist_ok=True)
-        saved = to_yaml(config).replace(f"resume: {config.resume}\n", "resume: null\n")
+        saved = to_yaml(dataclasses.replace(config, resume=None))
         with replacing(folder / "config.yaml") as partial:
             partial.write_text(saved)
         _note_start(folder, runtime)

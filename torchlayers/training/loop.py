@@ -57,7 +57,8 @@ class Loop:
         seed_everything(self.config.seed, rank=1 + self.runtime.rank)
         module.to(self.runtime.device)
         self.parallel = Parallel(module, task.blocks(module), trainer, self.runtime)
-        self.optimizer = self.config.optimizer.build(p for p in module.parameters() if p.requires_grad)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = _build(lambda: self.config.optimizer.build(iter(trained)))
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.names = {id(p): n for n, p in module.named_parameters()}
@@ -82,7 +83,10 @@ class Loop:
                 if done:  # nothing to train: the last line is written anew, with what follows it
                     self.log.rewind(self.step - 1)
                 self.log.start(self.step, self.total)
-                return self._finish({**(last or {}), **self._evaluate()} if done else self._train())
+                final = self._finish({**(last or {}), **self._evaluate()} if done else self._train())
+                if signum := max(self.runtime.gather(self.signals.received)):  # in or after the last step
+                    raise Interrupted(signum, self.step)
+                return final
         finally:
             torch.use_deterministic_algorithms(deterministic)
 
@@ -130,8 +134,11 @@ class Loop:
         total, weight, interrupts, terminations = self.runtime.sum(sums).tolist()
         value = total / weight if weight > 0 else math.nan
         if not math.isfinite(value):
-            raise TrainingError(self._describe_bad(epoch, indices, total, weight))
+            what = f"the loss is {total}" if weight > 0 else f"the weights of the loss sum to {weight}"
+            raise TrainingError(self._describe_bad(epoch, indices, what))
         norm = self.parallel.finish_gradients(weight)
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingError(self._describe_bad(epoch, indices, f"the norm of the gradient is {norm}"))
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
@@ -172,8 +179,7 @@ class Loop:
         if signum and not last:
             raise Interrupted(signum, self.step)
 
-    def _describe_bad(self, epoch: int, indices: list[int], total: float, weight: float) -> str:
-        what = f"the loss is {total}" if weight > 0 else f"the weights of the loss sum to {weight}"
+    def _describe_bad(self, epoch: int, indices: list[int], what: str) -> str:
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         number = self.step % self.sampler.steps + 1
         return (
@@ -226,7 +232,7 @@ class Loop:
 
     def _note_best(self, value: float) -> None:
         sign = 1.0 if self.config.checkpoint.mode == "min" else -1.0
-        if self.best is None or sign * value < sign * self.best["value"]:
+        if not math.isnan(value) and (self.best is None or sign * value < sign * self.best["value"]):
             self.best = {"step": self.step, "value": value, "monitor": self.config.checkpoint.monitor}
 
     # -- checkpoints

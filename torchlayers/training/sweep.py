@@ -17,7 +17,6 @@ A run whose ``summary.json`` is there is complete and is not repeated; one that 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from .context import execute
 from .errors import ConfigError, TrainingError
 from .log import logger
 from .plots import comparison
+from .runtime import open_runtime
 
 __all__ = ["Sweep", "ad_hoc_sweep", "named_sweep", "run_sweep"]
 
@@ -72,7 +72,11 @@ def ad_hoc_sweep(overrides: Sequence[Override]) -> Sweep:
     experiment = next((o.value for o in overrides if o.key == "experiment"), None)
     if experiment is None:
         raise ConfigError("--multirun needs one experiment=NAME")
-    seeds = next(([int(c) for c in o.choices or (o.value,)] for o in overrides if o.key == "seed"), [0])
+    given = next((o for o in overrides if o.key == "seed"), None)
+    try:
+        seeds = [0] if given is None else [int(choice) for choice in given.choices or (given.value,)]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{given.text!r} must name integers") from None  # type: ignore[union-attr]
     swept = [o for o in overrides if o.choices and o.key != "seed"]
     arms = {",".join(combination) or "run": combination for combination in expand(swept)}
     folder = next((str(o.value) for o in overrides if o.key == "run_dir"), None)
@@ -90,33 +94,40 @@ def run_sweep(sweep: Sweep, config_dir: Path) -> int:
         ConfigError: a run of the sweep is not valid (before the first one starts), or the folder holds another sweep.
         Interrupted: after SIGTERM or Ctrl-C; the same command goes on from there.
     """
-    folder = Path(sweep.folder)
     runs = []
     for arm, arm_overrides in sweep.arms.items():
         for seed in sweep.seeds:
-            place = folder / f"{_file_name(arm)}-seed{seed}"
             own = [f"experiment={sweep.experiment}", *sweep.overrides, *arm_overrides, f"seed={seed}"]
-            config = compose(parse(own), config_dir)
-            config.run_dir = str(place)
-            runs.append((arm, seed, place, config))
-    _claim(folder, sweep)
+            runs.append((arm, seed, compose(parse(own), config_dir)))
+
+    def look() -> list[tuple[str, bool, bool]]:
+        _claim(Path(sweep.folder), sweep)
+        places = [Path(sweep.folder) / f"{_file_name(arm)}-seed{seed}" for arm, seed, _ in runs]
+        return [(str(p), (p / "config.yaml").exists(), (p / "summary.json").exists()) for p in places]
+
+    with open_runtime(runs[0][2]) as runtime:  # rank 0 looks for all: folders change as soon as the first one writes
+        main, found = runtime.main, runtime.on_main(look)
     table: dict[str, dict[str, list[float]]] = {arm: {} for arm in sweep.arms}
     failed = []
-    for number, (arm, seed, place, config) in enumerate(runs, start=1):
-        if not (place / "summary.json").exists():
-            logger.info(f"sweep {sweep.name}: run {number} of {len(runs)}, {arm}, seed {seed}")
-            if (place / "config.yaml").exists():
-                config = resume_config([Override("resume", str(place), f"resume={place}")])
+    for number, ((arm, seed, config), (place, started, complete)) in enumerate(zip(runs, found, strict=True), start=1):
+        if not complete:
+            if main:
+                logger.info(f"sweep {sweep.name}: run {number} of {len(runs)}, {arm}, seed {seed}")
+            config.run_dir = place
+            if started:
+                config = resume_config([Override("resume", place, f"resume={place}")])
             try:
                 execute(config)
             except TrainingError as error:
-                logger.info(f"sweep {sweep.name}: {arm}, seed {seed} failed: {error}")
+                if main:
+                    logger.info(f"sweep {sweep.name}: {arm}, seed {seed} failed: {error}")
                 failed.append(f"{arm}, seed {seed}: {error}")
                 continue
-        metrics = json.loads((place / "summary.json").read_text())["metrics"]
-        for name, value in metrics.items():
-            table[arm].setdefault(name, []).append(value)
-    _report(folder, sweep, table, failed)
+        if main:
+            for name, value in json.loads((Path(place) / "summary.json").read_text())["metrics"].items():
+                table[arm].setdefault(name, []).append(value)
+    if main:
+        _report(Path(sweep.folder), sweep, table, failed)
     return 1 if failed else 0
 
 
@@ -132,13 +143,12 @@ def _report(folder: Path, sweep: Sweep, table: dict[str, dict[str, list[float]]]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     note = f"Mean ± standard deviation over {len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}."
     text = "\n".join([*lines, "", note, *(f"Failed: {f}" for f in failed)])
-    if _is_main():
-        (folder / "table.md").write_text(text + "\n")
-        write_json(folder / "results.json", {"sweep": asdict(sweep), "results": table, "failed": failed}, indent=1)
-        shown = {arm: {m: v for m, v in values.items() if m in metrics} for arm, values in table.items()}
-        if any(shown.values()):
-            comparison(shown, folder / "plot.png", title=f"{sweep.name}: each seed, mean and standard deviation")
-        logger.info(f"{text}\nsweep folder: {folder}")
+    (folder / "table.md").write_text(text + "\n")
+    write_json(folder / "results.json", {"sweep": asdict(sweep), "results": table, "failed": failed}, indent=1)
+    shown = {arm: {m: v for m, v in values.items() if m in metrics} for arm, values in table.items()}
+    if any(shown.values()):
+        comparison(shown, folder / "plot.png", title=f"{sweep.name}: each seed, mean and standard deviation")
+    logger.info(f"{text}\nsweep folder: {folder}")
 
 
 def _cell(values: list[float]) -> str:
@@ -159,10 +169,9 @@ def _claim(folder: Path, sweep: Sweep) -> None:
         if not path.exists():
             if folder.is_dir() and any(folder.iterdir()):
                 raise ConfigError(f"run_dir {folder} is not empty and holds no sweep")
-            if _is_main():
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as partial:
-                    write_json(partial, {**definition, "arms": sweep.arms}, indent=1)
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                write_json(partial, {**definition, "arms": sweep.arms}, indent=1)
             return
         held = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -175,19 +184,14 @@ def _claim(folder: Path, sweep: Sweep) -> None:
     changed += [f"arm {a}" for a in sweep.arms if a in held_arms and held_arms[a] != sweep.arms[a]]
     if changed:
         raise ConfigError(f"{folder} holds another sweep ({', '.join(changed)} differ): give another run_dir")
-    if _is_main():
-        with replacing(path) as partial:
-            write_json(partial, {**definition, "arms": {**held_arms, **sweep.arms}}, indent=1)
+    with replacing(path) as partial:
+        write_json(partial, {**definition, "arms": {**held_arms, **sweep.arms}}, indent=1)
 
 
 def _refuse(overrides: Sequence[Override], *keys: str) -> None:
     for override in overrides:
         if override.key in keys:
             raise ConfigError(f"{override.text!r} has no place in a sweep")
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _file_name(arm: str) -> str:
