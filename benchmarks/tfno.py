@@ -80,6 +80,37 @@ def reference(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return torch.stack(outputs), torch.stack(x_gradients), weight.grad, bias.grad
 
 
+def make_inputs_3d(batch: int, channels: int, n: int, modes: int, device: torch.device) -> Inputs:
+    """As :func:`make_inputs` in three dimensions, n > modes; the self-conjugate column (frequency 0) has no weight."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, g = (torch.randn(batch, channels, n, n, n, generator=generator, device=device) for _ in range(2))
+    shape = (channels, channels, modes, modes, modes // 2 + 1)
+    weight = torch.randn(shape, dtype=torch.complex64, generator=generator, device=device) / math.sqrt(channels)
+    weight[..., 0] = 0
+    return Inputs(x, weight, torch.randn(channels, 1, 1, 1, generator=generator, device=device), g)
+
+
+def reference_3d(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Output and gradients of x, weight, bias in float64, by the whole transform; sample by sample."""
+    n, (modes, _, k2) = inputs.x.shape[-1], inputs.weight.shape[2:]
+    rows = torch.arange(-(modes // 2), modes - modes // 2, device=inputs.x.device) % n
+    kept = (slice(None), rows[:, None, None], rows[:, None], torch.arange(k2, device=inputs.x.device))
+    weight = inputs.weight.to(torch.complex128).requires_grad_()
+    bias = inputs.bias.double().requires_grad_()
+    outputs, x_gradients = [], []
+    for sample, cotangent in zip(inputs.x, inputs.g, strict=True):
+        x = sample.double().requires_grad_()
+        mixed = torch.einsum("iklm,ioklm->oklm", torch.fft.rfftn(x, dim=(1, 2, 3), norm="forward")[kept], weight)
+        spectrum = mixed.new_zeros(len(bias), n, n, n // 2 + 1).index_put(
+            (torch.arange(len(bias), device=x.device)[:, None, None, None], *kept[1:]), mixed
+        )
+        y = torch.fft.irfftn(spectrum, s=(n, n, n), dim=(1, 2, 3), norm="forward") + bias
+        y.backward(cotangent.double())
+        outputs.append(y.detach())
+        x_gradients.append(x.grad)
+    return torch.stack(outputs), torch.stack(x_gradients), weight.grad, bias.grad
+
+
 def _module(layer: torch.nn.Module, inputs: Inputs) -> Built:
     layer.load_state_dict({"weight.tensor": inputs.weight, "bias": inputs.bias})
     parameters = dict(layer.named_parameters())
@@ -95,7 +126,7 @@ def ours(inputs: Inputs) -> Built:
     import torchlayers
 
     channels, _, modes = _shape(inputs)
-    layer = torchlayers.SpectralConv(channels, channels, (modes, modes))
+    layer = torchlayers.SpectralConv(channels, channels, (modes,) * (inputs.x.ndim - 2))
     return _module(layer.to(inputs.x.device), inputs)
 
 
@@ -103,7 +134,7 @@ def neuraloperator(inputs: Inputs) -> Built:
     from neuralop.layers.spectral_convolution import SpectralConv
 
     channels, _, modes = _shape(inputs)
-    layer = SpectralConv(channels, channels, (modes, modes))
+    layer = SpectralConv(channels, channels, (modes,) * (inputs.x.ndim - 2))
     return _module(layer.to(inputs.x.device), inputs)
 
 
@@ -197,8 +228,22 @@ def _case(batch: int, channels: int, n: int, modes: int, *, headline: bool, quic
     )
 
 
+def _case_3d(batch: int, channels: int, n: int, modes: int) -> Case:
+    """Three dimensions, where memory is the point."""
+    return Case(
+        labels={"B": batch, "C": channels, "grid": f"{n}³", "modes": modes},
+        inputs=lambda device: make_inputs_3d(batch, channels, n, modes, device),
+        reference=reference_3d,
+        ours=ours,
+        peers={"neuraloperator": neuraloperator},
+        tolerance=TOLERANCE,
+        headline=True,
+    )
+
+
 def cases(device: str) -> Iterator[Case]:
     if device == "cuda":
+        yield _case_3d(1, 32, 128, 16)
         for batch in (4, 16):
             for modes in (32, 64):
                 for n in (128, 256, 512):

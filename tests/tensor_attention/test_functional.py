@@ -466,6 +466,7 @@ GOOD = {name: torch.zeros(2, 4, n, c) for name, n, c in (
 )}  # fmt: skip
 
 BAD = [
+    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"query": torch.zeros(4, 5, 8)}, ValueError, r"query must have 4 dimensions .* got 3: shape \(4, 5, 8\)"),
     ({"key2": [[1.0]]}, TypeError, "key2 must be a tensor"),
     ({"query": torch.zeros(3, 4, 5, 8)}, ValueError, "key1 must have batch = 3 at dimension 0, got 2"),
