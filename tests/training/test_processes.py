@@ -1,13 +1,21 @@
 """The loop on several processes against one, killed processes, and processes that lose each other."""
 
+import contextlib
+import gc
 import json
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from torchlayers.training.errors import ConfigError
+from torchlayers.training.runtime import Runtime
 
 pytestmark = pytest.mark.distributed
 
@@ -132,8 +140,25 @@ def test_a_sweep_on_two_ranks(spawn, tmp_path):
     assert len(json.loads((folder / "results.json").read_text())["results"]) == 2
     assert "sweep" not in outputs[1]
     codes, _, errors = spawn(2, "sweep=toy_widths", f"run_dir={folder}")
-    # Not "== 2": gloo can abort a process whose peer has closed the connection first, after the message is out.
-    assert all(codes) and all("holds another sweep" in text for text in errors), errors
+    assert codes == [2, 2] and all("holds another sweep" in text for text in errors), errors
+
+
+def test_an_error_of_rank_0_keeps_no_process_group_alive(monkeypatch):
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda values, src: None)
+    runtime = Runtime(rank=0, world=2, device=torch.device("cpu"), mesh=None)
+    alive = weakref.ref(runtime)
+
+    def fail():
+        raise ConfigError("refused")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ConfigError):
+            runtime.on_main(fail)
+        del runtime
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_dead_rank_ends_the_others(spawn, tmp_path):

@@ -55,7 +55,12 @@ class Runtime:
         shared = [result, None if failure is None else str(failure), isinstance(failure, ConfigError)]
         dist.broadcast_object_list(shared, src=0)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                # The error's traceback holds this frame; held by it in turn, both would keep the process group alive to
+                # the end of the interpreter, where its threads may no longer end in order.
+                failure = None
         if shared[1] is not None:
             raise (ConfigError if shared[2] else TrainingError)(f"rank 0: {shared[1]}")
         return shared[0]  # type: ignore[return-value]
