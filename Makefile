@@ -57,8 +57,9 @@ gpu:  ## kernels on this machine's GPU, in the environment that is active now: c
 aot: .venv/.dev  ## compile every kernel ahead of time for all targets and record registers, spills and shared memory
 	@TRITON_DEFAULT_FP_FUSION=1 $(PY) -m torchlayers.kernels._aot benchmarks/results/aot.json
 
-bench: .venv/.dev  ## all CPU benchmarks into benchmarks/results, then the README's table (FAMILY=... for one)
+bench: .venv/.dev  ## all CPU benchmarks into benchmarks/results, then the plots and the README's table (FAMILY=... for one)
 	@$(PY) -m benchmarks $(FAMILY) $(ARGS)
+	@$(PY) -m benchmarks.plot
 	@$(PY) -m benchmarks.table
 
 docs: .venv/.dev

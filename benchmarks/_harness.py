@@ -28,7 +28,7 @@ OURS = "torchlayers"
 FORWARD, BOTH = "forward", "forward+backward"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NOT_FAMILIES = ("gpu", "table")
+NOT_FAMILIES = ("gpu", "plot", "table")
 
 # A graph replay shows the device's own time where launching from the host takes longer; above this nothing is hidden.
 SMALL_KERNEL_MS = 0.3

@@ -176,8 +176,9 @@ def compiled_einsum(inputs: Inputs) -> Built:
     def unfolded(q, k1, k2, v1, v2):
         assert inputs.windows is not None
 
-        def shifted(x, width):  # (B, H, N, width, d)
-            return F.pad(x, (0, 0, width - 1, 0)).unfold(2, width, 1).mT
+        # (B, H, N, width, d). Not by unfold: on a CPU with several threads inductor gets its gradient wrong.
+        def shifted(x, width):
+            return F.pad(x, (0, 0, width - 1, 0))[:, :, i + torch.arange(width, device=x.device)]
 
         width1, width2 = inputs.windows
         i = torch.arange(n, device=q.device)[:, None]

@@ -1,10 +1,15 @@
-"""The spectral convolution in 2-D, dense weights, float32: ours, neuraloperator's, and FFT paths written by hand."""
+"""The spectral convolution, float32: ours, neuraloperator's, and FFT paths written by hand.
+
+With dense weights, with Tucker and CP factors, and as a Fourier layer, whose skip connection and activation our
+convolution takes along.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -111,6 +116,154 @@ def reference_3d(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return torch.stack(outputs), torch.stack(x_gradients), weight.grad, bias.grad
 
 
+# ---------------------------------------------------------------- factorized weights
+
+
+class FactorizedInputs(NamedTuple):
+    """As :class:`Inputs`, the weight as the parts of its state dict: "core" or "weights", "factors.factor_0", ..."""
+
+    x: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    bias: torch.Tensor
+    g: torch.Tensor
+    factorization: str
+    rank: float
+
+
+def make_factorized_inputs(
+    batch: int, channels: int, n: int, modes: int, factorization: str, rank: float, device: torch.device
+) -> FactorizedInputs:
+    """Random factors; the self-conjugate column (frequency 0) has no weight, for the reason in :func:`make_inputs`."""
+    from torchlayers import FactorizedTensor
+
+    generator = torch.Generator(device).manual_seed(0)
+    x, g = (torch.randn(batch, channels, n, n, generator=generator, device=device) for _ in range(2))
+    shape = (channels, channels, modes, modes // 2 + 1)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        std = math.sqrt(1 / channels)
+        weight = FactorizedTensor(shape, factorization, rank, complex=True, init_std=std, device=device)
+    parts = {name: part.clone() for name, part in weight.state_dict().items()}
+    parts["factors.factor_3"][0] = 0
+    return FactorizedInputs(
+        x, parts, torch.randn(channels, 1, 1, generator=generator, device=device), g, factorization, rank
+    )
+
+
+def factorized_reference(inputs: FactorizedInputs) -> tuple[torch.Tensor, ...]:
+    """:func:`reference` of the product of the factors, whose gradient is taken on to each of them."""
+    parts = [part.to(torch.complex128).requires_grad_() for part in inputs.parts.values()]
+    if inputs.factorization == "cp":
+        weight = torch.einsum("r,ir,or,kr,lr->iokl", *parts)
+    else:
+        weight = torch.einsum("abcd,ia,ob,kc,ld->iokl", *parts)
+    y, gx, g_weight, g_bias = reference(Inputs(inputs.x, weight.detach(), inputs.bias, inputs.g))
+    return y, gx, *torch.autograd.grad(weight, parts, g_weight), g_bias
+
+
+def _factorized_module(layer: torch.nn.Module, inputs: FactorizedInputs) -> Built:
+    layer.load_state_dict({f"weight.{name}": part for name, part in inputs.parts.items()} | {"bias": inputs.bias})
+    parameters = dict(layer.named_parameters())
+    x = inputs.x.detach().requires_grad_()
+    leaves = [x, *(parameters[f"weight.{name}"] for name in inputs.parts), parameters["bias"]]
+    return Built(lambda: layer(x), leaves, inputs.g)
+
+
+def _factorized_arguments(inputs: FactorizedInputs) -> dict[str, Any]:
+    channels, modes = inputs.x.shape[1], inputs.parts["factors.factor_2"].shape[0]
+    options = {"factorization": inputs.factorization, "rank": inputs.rank, "device": inputs.x.device}
+    return {"in_channels": channels, "out_channels": channels, "n_modes": (modes, modes), **options}
+
+
+def ours_factorized(inputs: FactorizedInputs) -> Built:
+    import torchlayers
+
+    return _factorized_module(torchlayers.SpectralConv(**_factorized_arguments(inputs)), inputs)
+
+
+def neuraloperator_factorized(inputs: FactorizedInputs, implementation: str) -> Built:
+    from neuralop.layers.spectral_convolution import SpectralConv
+
+    layer = SpectralConv(**_factorized_arguments(inputs), implementation=implementation)
+    return _factorized_module(layer.to(inputs.x.device), inputs)
+
+
+FACTORIZED_PEERS = {
+    f"neuraloperator, {implementation}": functools.partial(neuraloperator_factorized, implementation=implementation)
+    for implementation in ("factorized", "reconstructed")
+}
+
+
+# ---------------------------------------------------------------- a Fourier layer
+
+
+class LayerInputs(NamedTuple):
+    """:class:`Inputs`, and the skip connection's matrix (C, C, 1)."""
+
+    conv: Inputs
+    skip: torch.Tensor
+
+
+def make_layer_inputs(batch: int, channels: int, n: int, modes: int, device: torch.device) -> LayerInputs:
+    generator = torch.Generator(device).manual_seed(1)
+    skip = torch.randn(channels, channels, 1, generator=generator, device=device) / math.sqrt(channels)
+    return LayerInputs(make_inputs(batch, channels, n, modes, device), skip)
+
+
+def layer_reference(inputs: LayerInputs) -> tuple[torch.Tensor, ...]:
+    """gelu(conv(x) + skip x) and the gradients of x, weight, bias, skip, in float64."""
+    conv, skip = inputs.conv, inputs.skip[..., 0].double()
+    x = conv.x.double()
+    h = (reference(conv)[0] + torch.einsum("oi,bixy->boxy", skip, x)).requires_grad_()
+    out = torch.nn.functional.gelu(h)
+    (g,) = torch.autograd.grad(out, h, conv.g.double())
+    _, gx, g_weight, g_bias = reference(conv._replace(g=g))
+    gx = gx + torch.einsum("oi,boxy->bixy", skip, g)
+    return out.detach(), gx, g_weight, g_bias, torch.einsum("boxy,bixy->oi", g, x)[..., None]
+
+
+def _layer(conv: Any, inputs: LayerInputs, forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Built:
+    """``forward`` of x and the skip connection's result."""
+    conv.load_state_dict({"weight.tensor": inputs.conv.weight, "bias": inputs.conv.bias})
+    conv.to(inputs.skip.device)
+    parameters = dict(conv.named_parameters())
+    x, matrix = (t.detach().requires_grad_() for t in (inputs.conv.x, inputs.skip))
+
+    def layer() -> torch.Tensor:
+        skip = torch.nn.functional.conv1d(x.flatten(2), matrix).view_as(x)
+        return forward(x, skip)
+
+    return Built(layer, [x, parameters["weight.tensor"], parameters["bias"], matrix], inputs.conv.g)
+
+
+def _fused(inputs: LayerInputs) -> Built:
+    import torchlayers
+
+    channels, _, modes = _shape(inputs.conv)
+    conv = torchlayers.SpectralConv(channels, channels, (modes, modes))
+    return _layer(conv, inputs, lambda x, skip: conv(x, skip=skip, activation="gelu"))
+
+
+def _unfused(inputs: LayerInputs, theirs: bool) -> Built:
+    """The sum and the activation left to torch, around our convolution or neuraloperator's."""
+    if theirs:
+        from neuralop.layers.spectral_convolution import SpectralConv
+    else:
+        from torchlayers import SpectralConv
+    channels, _, modes = _shape(inputs.conv)
+    conv = SpectralConv(channels, channels, (modes, modes))
+    return _layer(conv, inputs, lambda x, skip: torch.nn.functional.gelu(conv(x) + skip))
+
+
+LAYER_PEERS = {
+    "torchlayers, not fused": functools.partial(_unfused, theirs=False),
+    "neuraloperator": functools.partial(_unfused, theirs=True),
+}
+
+
+# ---------------------------------------------------------------- dense weights
+
+
 def _module(layer: torch.nn.Module, inputs: Inputs) -> Built:
     layer.load_state_dict({"weight.tensor": inputs.weight, "bias": inputs.bias})
     parameters = dict(layer.named_parameters())
@@ -200,15 +353,17 @@ PEERS = {
 }
 
 
-def least_bytes(batch: int, channels: int, n: int, modes: int) -> dict[str, dict[str, int]]:
+def least_bytes(batch: int, channels: int, n: int, modes: int, entries: int | None = None) -> dict[str, dict[str, int]]:
     """Memory traffic that the operation needs when only fields, kept modes and weights cross device memory.
+
+    The weight is dense, or has ``entries`` complex numbers.
 
     Forward: x in, y out, each of X and Y out and in, the weight in. Backward: g in, the gradient of x out, its two
     spectra out and in, the saved X in, the weight in and its gradient out.
     """
     field = 4 * batch * channels * n * n
     spectrum = 8 * batch * channels * modes * (modes // 2 + 1)
-    weight = 8 * channels * channels * modes * (modes // 2 + 1)
+    weight = 8 * (channels * channels * modes * (modes // 2 + 1) if entries is None else entries)
     forward = 2 * field + 4 * spectrum + weight
     return {FORWARD: {"bytes": forward}, BOTH: {"bytes": forward + 2 * field + 5 * spectrum + 2 * weight}}
 
@@ -241,9 +396,44 @@ def _case_3d(batch: int, channels: int, n: int, modes: int) -> Case:
     )
 
 
+def _factorized_case(
+    batch: int, channels: int, n: int, modes: int, factorization: str, rank: float, *, headline: bool, quick: bool
+) -> Case:
+    shape = (channels, channels, modes, modes // 2 + 1)
+    return Case(
+        labels={"B": batch, "C": channels, "N": n, "modes": modes, "weight": f"{factorization} {rank:g}"},
+        inputs=lambda device: make_factorized_inputs(batch, channels, n, modes, factorization, rank, device),
+        reference=factorized_reference,
+        ours=ours_factorized,
+        peers=FACTORIZED_PEERS,
+        tolerance=TOLERANCE,
+        work=least_bytes(batch, channels, n, modes, round(rank * math.prod(shape))),
+        headline=headline,
+        quick=quick,
+    )
+
+
+def _layer_case(batch: int, channels: int, n: int, modes: int, *, headline: bool, quick: bool) -> Case:
+    return Case(
+        labels={"B": batch, "C": channels, "N": n, "modes": modes, "layer": "with skip and GELU"},
+        inputs=lambda device: make_layer_inputs(batch, channels, n, modes, device),
+        reference=layer_reference,
+        ours=_fused,
+        peers=LAYER_PEERS,
+        tolerance=TOLERANCE,
+        headline=headline,
+        quick=quick,
+    )
+
+
 def cases(device: str) -> Iterator[Case]:
     if device == "cuda":
         yield _case_3d(1, 32, 128, 16)
+        for n, modes in ((128, 32), (256, 64)):
+            for factorization, rank in (("tucker", 0.1), ("cp", 0.1), ("cp", 0.01)):
+                quick = (n, rank) == (128, 0.1)
+                yield _factorized_case(4, 64, n, modes, factorization, rank, headline=n == 256, quick=quick)
+            yield _layer_case(16, 64, n, modes, headline=n == 256, quick=n == 128)
         for batch in (4, 16):
             for modes in (32, 64):
                 for n in (128, 256, 512):
@@ -256,3 +446,7 @@ def cases(device: str) -> Iterator[Case]:
                 headline = (n, modes) in ((64, 16), (128, 16), (128, 32), (256, 16), (256, 32))
                 yield _case(4, 32, n, modes, headline=headline, quick=n == 32)
     yield _case(16, 64, 256, 32, headline=True, quick=False)
+    for n, modes in ((32, 8), (128, 16)):
+        for factorization in ("tucker", "cp"):
+            yield _factorized_case(4, 32, n, modes, factorization, 0.1, headline=n == 128, quick=n == 32)
+        yield _layer_case(4, 32, n, modes, headline=False, quick=n == 32)

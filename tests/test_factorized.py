@@ -82,6 +82,29 @@ def test_published_ranks(kind, expected):
     assert validate_rank((64, 64, 64, 33), kind.upper(), 0.1) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "above", "far"),
+    [
+        ("tucker", 40, 10**6),
+        ("tucker", (64, 32, 64, 32), (65, 64, 64, 10**9)),
+        ("tucker", 2.0, 16.0),
+        ("tucker", 2.0, 1e300),
+        ("tt", 200, 10**4),
+        ("tt", (1, 40, 800, 20, 1), (1, 1, 10**9, 1, 1)),
+        ("tt", 2.0, 64.0),
+        ("cp", 10**4, 10**8),
+        ("cp", 2.0, 1e30),
+    ],
+)
+def test_ranks_far_above_full_are_refused(kind, above, far):
+    shape = (32, 32, 32, 17)
+    assert validate_rank(shape, kind, above) == tensorly_rank(shape, kind, above)  # a little above is tensorly's
+    with pytest.raises(ValueError, match="rank must not be far above full"):
+        validate_rank(shape, kind, far)
+    with pytest.raises(ValueError, match="rank must not be far above full"):
+        FactorizedTensor(shape, kind, far, device="meta")
+
+
 def test_fixed_and_explicit_ranks():
     assert validate_rank((4, 8, 8, 6, 5), "tucker", 0.1, fixed_rank_modes=[0]) == (4, 4, 4, 3, 3)
     assert validate_rank((4, 8, 8, 6, 5), "tucker", 0.1, fixed_rank_modes=True) == (4, 4, 4, 3, 3)

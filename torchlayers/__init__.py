@@ -25,12 +25,18 @@ from ._backend import BackendError, backend, last_dispatch  # noqa: E402
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import ring_attention as ring_attention
     from . import tensor_attention as tensor_attention
     from . import testing as testing
     from . import tfno as tfno
     from . import training as training
     from ._surgery import convert as convert
     from .factorized import FactorizedTensor as FactorizedTensor
+    from .ring_attention import LoopbackWorld as LoopbackWorld
+    from .ring_attention import RingMultiheadAttention as RingMultiheadAttention
+    from .ring_attention import SequenceLayout as SequenceLayout
+    from .ring_attention import sequence_parallel as sequence_parallel
+    from .tensor_attention import RingTensorAttention as RingTensorAttention
     from .tensor_attention import TensorAttention as TensorAttention
     from .tensor_attention import TensorTransformerBlock as TensorTransformerBlock
     from .tfno import TFNO as TFNO
@@ -50,15 +56,20 @@ _LAZY = {
     "FactorizedTensor": "factorized",
     "H1Loss": "tfno",
     "JointSpectralWeights": "tfno",
+    "LoopbackWorld": "ring_attention",
     "LpLoss": "tfno",
     "MultiGridParallel": "tfno",
     "MultiGridPatching": "tfno",
     "MultigridPatching2D": "tfno",
+    "RingMultiheadAttention": "ring_attention",
+    "RingTensorAttention": "tensor_attention",
+    "SequenceLayout": "ring_attention",
     "SpectralConv": "tfno",
     "TFNO": "tfno",
     "TensorAttention": "tensor_attention",
     "TensorTransformerBlock": "tensor_attention",
     "convert": "_surgery",
+    "sequence_parallel": "ring_attention",
 }
 _SUBMODULES = (
     "data",
@@ -66,6 +77,7 @@ _SUBMODULES = (
     "factorized",
     "functional",
     "kernels",
+    "ring_attention",
     "tensor_attention",
     "testing",
     "tfno",
@@ -79,16 +91,21 @@ __all__ = [
     "FactorizedTensor",
     "H1Loss",
     "JointSpectralWeights",
+    "LoopbackWorld",
     "LpLoss",
     "MultiGridParallel",
     "MultiGridPatching",
     "MultigridPatching2D",
+    "RingMultiheadAttention",
+    "RingTensorAttention",
+    "SequenceLayout",
     "SpectralConv",
     "TensorAttention",
     "TensorTransformerBlock",
     "backend",
     "convert",
     "last_dispatch",
+    "sequence_parallel",
 ]
 
 

@@ -6,21 +6,27 @@ dropout see positions alone, so that a result does not depend on how queries and
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ._checks import check_int, check_ints, check_ndim, check_same_device, check_size
+from ._checks import check_dtype, check_int, check_ints, check_ndim, check_same_device, check_size
 
 __all__ = [
     "Window",
     "allowed",
+    "autocast",
     "check_dropout",
     "check_padding_mask",
+    "check_qkv",
+    "check_scale",
     "draw_seed",
     "keep_mask",
     "merge_attention",
     "mha_inputs",
     "mha_output",
+    "no_autocast",
     "normalize_window",
     "philox",
     "philox_keep",
@@ -62,17 +68,87 @@ def allowed(i: Tensor, j: Tensor, window: Window, is_causal: bool = False) -> Te
     return ok
 
 
-def check_padding_mask(name: str, mask: object, batch: int, length: int, like_name: str, like: Tensor) -> None:
-    """``mask`` is None or a bool tensor (batch, length), True = keep, where ``like`` lies."""
+def check_padding_mask(
+    name: str, mask: object, batch: int, length: int, like_name: str, like: Tensor, true: str = "keep"
+) -> None:
+    """``mask`` is None or a bool tensor (batch, length), with ``true`` what True means, where ``like`` lies."""
     if mask is None:
         return
-    check_ndim(name, mask, 2, "(batch, keys), True = keep")
+    check_ndim(name, mask, 2, f"(batch, keys), True = {true}")
     assert isinstance(mask, Tensor)
     if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, True = keep, got {mask.dtype}")
+        raise TypeError(f"{name} must be bool, True = {true}, got {mask.dtype}")
     check_size(name, mask, 0, batch, "batch")
     check_size(name, mask, 1, length, "keys")
     check_same_device(name, mask, like_name, like)
+
+
+# Arguments of attention functions
+
+
+def check_qkv(
+    query: dict[str, Tensor],
+    keys: dict[str, Tensor],
+    values: dict[str, Tensor],
+    enable_gqa: bool,
+    layout: str = "(batch, heads, length, channels)",
+) -> None:
+    """Rank, dtype, device, batch, heads and channels of named tensors (B, H, n, c): one query, keys and values.
+
+    Raises:
+        TypeError: no tensors, dtypes that are not floating or differ (under autocast, float64 and another).
+        ValueError: what does not fit; heads of the query that are no multiple of the keys', or more without
+            ``enable_gqa``.
+    """
+    ((name0, q),) = query.items()
+    for name, x in (query | keys | values).items():
+        check_ndim(name, x, 4, layout)
+        check_dtype(name, x, kind="real")
+        check_same_device(name, x, name0, q)
+        # Under autocast float32 and half-precision tensors may meet: they become one dtype.
+        mixed = x.dtype != q.dtype
+        if mixed and (torch.float64 in (x.dtype, q.dtype) or not _autocasts(q)):
+            raise TypeError(f"{name} must have the dtype of {name0}, {q.dtype}, got {x.dtype}")
+        check_size(name, x, 0, q.shape[0], "batch")
+        if name in keys:
+            check_size(name, x, 3, q.shape[3], f"the channels of {name0}")
+    if q.shape[3] == 0:
+        raise ValueError(f"{name0} must have at least one channel, got shape {tuple(q.shape)}")
+    heads, key_heads = q.shape[1], next(iter(keys.values())).shape[1]
+    for name, x in (keys | values).items():
+        check_size(name, x, 1, key_heads, "heads")
+    if heads != key_heads:
+        if not enable_gqa:
+            raise ValueError(f"{name0} must have the heads of the keys, {key_heads}, unless enable_gqa, got {heads}")
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(f"{name0} must have a multiple of the keys' heads, {key_heads}, got {heads}")
+
+
+def check_scale(scale: object, d: int) -> float:
+    """``scale`` as a finite float; None is d^-1/2."""
+    if scale is None:
+        return d**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float (multiply what is learnt into the query), got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on; like torch's own, it leaves float64 alone."""
+    if tensors[0].dtype == torch.float64 or not _autocasts(tensors[0]):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(x.device.type)) for x in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which operations on tensors like ``x`` keep their dtypes."""
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 # Dropout by counter
@@ -142,24 +218,35 @@ def philox_keep(seed: Tensor, dropout_p: float, c0: Tensor, c1: Tensor, c2: Tens
 
 
 def keep_mask(
-    seed: Tensor | int, dropout_p: float, batch: int, head: int, i: Tensor, j: Tensor, k: Tensor | None = None
+    seed: Tensor | int,
+    dropout_p: float,
+    batch: int,
+    head: int,
+    i: Tensor,
+    j: Tensor,
+    k: Tensor | None = None,
+    *,
+    head_offset: int = 0,
+    heads: int | None = None,
 ) -> Tensor:
     """What attention dropout keeps, from (seed, batch, head, i, j[, k]) alone.
 
-    Philox-4x32-10 with the counters (b * head + h, i, j, k), k = 0 where there is no third index. The Triton kernels
-    compute the same bits. Kept weights are divided by 1 - dropout_p by the caller.
+    Philox-4x32-10 with the counters (b * heads + head_offset + h, i, j, k), k = 0 where there is no third index. The
+    Triton kernels compute the same bits. Kept weights are divided by 1 - dropout_p by the caller.
 
     Args:
         seed: int64, or a tensor with one.
         dropout_p: probability of dropping.
         batch, head: how many batch entries and query heads there are.
         i, j, k: int64 positions (nq,), (n1,), (n2,).
+        head_offset, heads: of ``heads`` query heads in all these are those from ``head_offset`` on; None: all.
 
     Returns:
         bool (batch, head, nq, n1), or (batch, head, nq, n1, n2) with k.
     """
     key = seed_tensor("seed", seed, i.device)
-    c0 = torch.arange(batch * head, device=i.device).view(batch, head, 1, 1, 1)
+    b, h = torch.arange(batch, device=i.device), torch.arange(head, device=i.device)
+    c0 = (b[:, None] * (head if heads is None else heads) + head_offset + h)[..., None, None, None]
     third = torch.zeros(1, dtype=torch.int64, device=i.device) if k is None else k
     kept = philox_keep(key, dropout_p, c0, i[:, None, None], j[:, None], third)
     return kept if k is not None else kept[..., 0]
@@ -179,7 +266,17 @@ def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tup
 
     Returns:
         (out', lse') in the dtypes of ``out`` and ``lse``; 0 and -inf where both were -inf. Differentiable.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: shapes that do not fit.
     """
+    for name, x, other in (("lse", lse, out), ("out2", out2, out), ("lse2", lse2, out)):
+        if not isinstance(x, Tensor) or not isinstance(other, Tensor):
+            raise TypeError(f"out and {name} must be tensors, got {type(other).__name__} and {type(x).__name__}")
+        shape = other.shape if name == "out2" else other.shape[:-1]
+        if x.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, as out has it, got {tuple(x.shape)}")
     top = torch.maximum(lse, lse2).detach()
     top = torch.where(top == float("-inf"), 0.0, top)
     a, b = (lse - top).exp(), (lse2 - top).exp()
@@ -245,9 +342,7 @@ def mha_inputs(
         raise ValueError(f"value must have the length of key, {key.shape[1]}, got {value.shape[1]}")
     if key_padding_mask is None:
         return query, key, value, None
-    if isinstance(key_padding_mask, Tensor) and key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask must be bool, True = ignore, got {key_padding_mask.dtype}")
-    check_padding_mask("key_padding_mask", key_padding_mask, query.shape[0], key.shape[1], "query", query)
+    check_padding_mask("key_padding_mask", key_padding_mask, query.shape[0], key.shape[1], "query", query, "ignore")
     return query, key, value, ~key_padding_mask
 
 

@@ -71,6 +71,12 @@ def last_dispatch() -> str:
     return _last
 
 
+def note_dispatch(text: str) -> None:
+    """Say what :func:`last_dispatch` shall return, where :func:`use_triton` was not asked: a third implementation."""
+    global _last
+    _last = text
+
+
 def interpreted() -> bool:
     """Whether this process was started for Triton's interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

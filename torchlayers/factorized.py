@@ -34,6 +34,8 @@ __all__ = [
 
 FACTORIZATIONS = ("dense", "cp", "tucker", "tt")
 _ROUNDINGS = {"round": round, "floor": math.floor, "ceil": math.ceil}
+# Factors may hold this many times the entries of the tensor that they stand for, and this many in any case.
+_OVERSIZE, _SMALL = 10, 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -64,7 +66,8 @@ def validate_rank(
         factorization: "dense", "cp", "tucker" or "tt" in any case; None is "dense".
         rank: a float > 0 (or "same", which is 1.0); an int, which is used for every mode; or the ranks: for Tucker one
             a mode, for TT order + 1 of them with 1 at both ends. Ranks above the mode sizes are allowed, as in
-            tensorly. Not looked at for a dense tensor.
+            tensorly, up to factors with ten times the entries of the full tensor (or 2^20, if that is more). Not
+            looked at for a dense tensor.
         fixed_rank_modes: Tucker only: modes that keep their full size as their rank. True means mode 0, the layer
             axis of a joint tensor.
         rounding: "round" (ties to even), "floor" or "ceil".
@@ -74,8 +77,8 @@ def validate_rank(
 
     Raises:
         TypeError: an argument has the wrong type (a bool is no rank).
-        ValueError: an unknown name, a rank that is not positive or of the wrong length, ``fixed_rank_modes`` where
-            they have no meaning (CP, TT) or where an explicit rank contradicts them.
+        ValueError: an unknown name, a rank that is not positive, of the wrong length or far above full, as above,
+            ``fixed_rank_modes`` where they have no meaning (CP, TT) or where an explicit rank contradicts them.
 
     >>> validate_rank((64, 64, 64, 33), "tucker", 0.1)
     (36, 36, 36, 19)
@@ -99,8 +102,26 @@ def validate_rank(
     if isinstance(rank, float):
         if not (math.isfinite(rank) and rank > 0):
             raise ValueError(f"rank must be positive and finite, got {rank}")
+        _check_entries(sizes, rank, rank * math.prod(sizes))
         return _rank_of_fraction(sizes, name, rank, fixed, _ROUNDINGS[rounding])
-    return _explicit_rank(sizes, name, rank, fixed)
+    ranks: Any = _explicit_rank(sizes, name, rank, fixed)
+    if name == "cp":
+        entries = ranks * (1 + sum(sizes))
+    elif name == "tucker":
+        entries = math.prod(ranks) + sum(r * s for r, s in zip(ranks, sizes, strict=True))
+    else:
+        entries = sum(r * s * t for r, s, t in zip(ranks[:-1], sizes, ranks[1:], strict=True))
+    _check_entries(sizes, rank, entries)
+    return ranks
+
+
+def _check_entries(sizes: tuple[int, ...], rank: Any, entries: float) -> None:
+    full = math.prod(sizes)
+    if entries > max(_OVERSIZE * full, _SMALL):
+        raise ValueError(
+            f"rank must not be far above full, got {rank}: the factors would hold {entries:.3g} entries, the tensor of "
+            f"shape {sizes} has {full} (a fraction of those is a float, such as 0.1)"
+        )
 
 
 def _factorization_name(factorization: str | None) -> str:

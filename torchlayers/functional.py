@@ -6,9 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .ring_attention import linformer_attention as linformer_attention
+    from .ring_attention import merge_attention as merge_attention
+    from .ring_attention import ring_attention as ring_attention
+    from .ring_attention import ring_self_attention as ring_self_attention
+    from .ring_attention import ulysses_attention as ulysses_attention
+    from .ring_attention import usp_attention as usp_attention
     from .tensor_attention import nth_order_attention as nth_order_attention
     from .tensor_attention import polynomial_nth_order_attention as polynomial_nth_order_attention
     from .tensor_attention import polynomial_tensor_attention as polynomial_tensor_attention
+    from .tensor_attention import ring_tensor_attention as ring_tensor_attention
     from .tensor_attention import tensor_attention as tensor_attention
     from .tfno import spectral_conv as spectral_conv
     from .tfno import spectral_resample as spectral_resample
@@ -17,25 +24,39 @@ if TYPE_CHECKING:
 
 # Public name -> the family it comes from; the imports above say the same to editors and type checkers.
 _LAZY = {
+    "linformer_attention": "ring_attention",
+    "merge_attention": "ring_attention",
     "nth_order_attention": "tensor_attention",
     "polynomial_nth_order_attention": "tensor_attention",
     "polynomial_tensor_attention": "tensor_attention",
+    "ring_attention": "ring_attention",
+    "ring_self_attention": "ring_attention",
+    "ring_tensor_attention": "tensor_attention",
     "spectral_conv": "tfno",
     "spectral_resample": "tfno",
     "tensor_attention": "tensor_attention",
     "truncated_irfftn": "tfno",
     "truncated_rfftn": "tfno",
+    "ulysses_attention": "ring_attention",
+    "usp_attention": "ring_attention",
 }
 
 __all__ = [
+    "linformer_attention",
+    "merge_attention",
     "nth_order_attention",
     "polynomial_nth_order_attention",
     "polynomial_tensor_attention",
+    "ring_attention",
+    "ring_self_attention",
+    "ring_tensor_attention",
     "spectral_conv",
     "spectral_resample",
     "tensor_attention",
     "truncated_irfftn",
     "truncated_rfftn",
+    "ulysses_attention",
+    "usp_attention",
 ]
 
 

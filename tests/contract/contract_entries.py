@@ -13,7 +13,8 @@ import torch
 from contract_checks import NAMES_FILE, Entry
 
 from torchlayers.factorized import ComplexParameters
-from torchlayers.tensor_attention import TensorAttention, TensorTransformerBlock
+from torchlayers.ring_attention import RingMultiheadAttention
+from torchlayers.tensor_attention import RingTensorAttention, TensorAttention, TensorTransformerBlock
 from torchlayers.tfno import (
     TFNO,
     FactorizedTensor,
@@ -196,6 +197,40 @@ def _tensor_attention(name: str, slow=(), **options) -> Entry:
     )
 
 
+def _ring_attention(name: str, slow=(), **options) -> Entry:
+    return Entry(
+        name=f"RingMultiheadAttention[{name}]",
+        module=RingMultiheadAttention,
+        factory=lambda **keywords: RingMultiheadAttention(12, 2, batch_first=True, **options, **keywords),
+        make_input=lambda batch, dtype: tuple(
+            torch.randn(batch, n, options.get(size, 12), dtype=dtype)
+            for n, size in ((7, ""), *(((5, "kdim"), (5, "vdim")) if "kdim" in options else ()))
+        ),
+        shows=("12, 2", "batch_first=True"),
+        bad_calls=_bad_sequences(12)
+        if "kdim" not in options
+        else {
+            "key#channels": lambda m: m(torch.randn(2, 3, 12), torch.randn(2, 3, 12), torch.randn(2, 3, 6)),
+            "value#channels": lambda m: m(torch.randn(2, 3, 12), torch.randn(2, 3, 5), torch.randn(2, 3, 5)),
+            "value#length": lambda m: m(torch.randn(2, 3, 12), torch.randn(2, 3, 5), torch.randn(2, 4, 6)),
+        },
+        bad_constructions={
+            "embed_dim": lambda: RingMultiheadAttention(0, 1),
+            "num_heads": lambda: RingMultiheadAttention(12, 5),
+            "add_bias_kv": lambda: RingMultiheadAttention(12, 2, add_bias_kv=True),
+            "add_zero_attn": lambda: RingMultiheadAttention(12, 2, add_zero_attn=True),
+            "kdim": lambda: RingMultiheadAttention(12, 2, kdim=0),
+            "dropout": lambda: RingMultiheadAttention(12, 2, dropout=1.0),
+            "layout": lambda: RingMultiheadAttention(12, 2, layout=7),
+            "window_size": lambda: RingMultiheadAttention(12, 2, window_size=0),
+            "schedule": lambda: RingMultiheadAttention(12, 2, schedule="rings"),
+            "backend": lambda: RingMultiheadAttention(12, 2, backend="cuda"),
+        },
+        not_applicable=NO_LEADING,
+        slow=slow,
+    )
+
+
 ENTRIES: list[Entry] = [
     _spectral_conv("dense"),
     _spectral_conv("cp", factorization="cp", rank=0.5, slow=COMPILERS),
@@ -260,6 +295,22 @@ ENTRIES: list[Entry] = [
     _tensor_attention("determinant", form="determinant", rotary=True, kv2_bias=True, slow=COMPILERS),
     _tensor_attention("polynomial", approx="polynomial", degree=2),
     Entry(
+        name="RingTensorAttention",
+        module=RingTensorAttention,
+        factory=lambda **keywords: RingTensorAttention(12, 2, batch_first=True, is_causal=True, window2=3, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 7, 12, dtype=dtype),),
+        shows=("12, 2", "form="),
+        bad_calls=_bad_sequences(12),
+        bad_constructions={
+            "embed_dim": lambda: RingTensorAttention(0, 1),
+            "dropout": lambda: RingTensorAttention(12, 2, dropout=0.1),
+            "approx": lambda: RingTensorAttention(12, 2, approx="polynomial"),
+            "backend": lambda: RingTensorAttention(12, 2, backend="dense"),
+            "layout": lambda: RingTensorAttention(12, 2, layout=7),
+        },
+        not_applicable=NO_LEADING,
+    ),
+    Entry(
         name="TensorTransformerBlock",
         module=TensorTransformerBlock,
         factory=lambda **keywords: TensorTransformerBlock(
@@ -283,6 +334,9 @@ ENTRIES: list[Entry] = [
         },
         not_applicable=NO_LEADING,
     ),
+    _ring_attention("causal", is_causal=True),
+    _ring_attention("window", window_size=(2, 1), bias=False, slow=COMPILERS),
+    _ring_attention("cross", kdim=5, vdim=6, slow=COMPILERS),
     _loss(LpLoss, {"p": lambda: LpLoss(p=0.5)}),
     _loss(H1Loss, {"periodic": lambda: H1Loss(periodic=(True,))}),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchlayers import _tables
+from torchlayers import SequenceLayout, _tables
 from torchlayers.kernels import _aot, _lib, tdft
 from torchlayers.kernels import tensor_attention as attention
 from torchlayers.testing import assert_close_rel, opcheck_all
@@ -112,8 +112,65 @@ def _attention_gradient_samples():
         yield torch.randn_like(out), grad_lse, *tensors, out, lse, *_PLAIN
 
 
+# Collectives, where all ranks are one.
+
+
+def _ring_samples(backward=False):
+    q, k, v, grad = (torch.randn(2, h, 8, c, requires_grad=not backward) for h, c in ((4, 3), (2, 3), (2, 5), (4, 5)))
+    key, seed = SequenceLayout(8, 1).key, torch.tensor([3])
+    for seen, dropout_p, grad_lse in ((seed, 0.25, torch.randn(2, 4, 8)), (None, 0.0, None)):
+        options = (seen, "", key, key, [0, 3, 8], 4, 0, 0.5, dropout_p, 1, 6, "ring", "torch", "first")
+        if not backward:
+            yield q, k, v, *options
+            continue
+        yield grad, grad_lse, *torch.ops.torchlayers.ring_attention_forward(q, k, v, *options), q, k, v, *options
+
+
+def _ring_tensor_samples(backward=False):
+    options = (SequenceLayout(6, 1, cu_seqlens=(0, 2, 6)).key, "", 0.4, [2, 0], [-1, 0], "trilinear", False, False)
+    shapes = ((4, 3), (2, 3), (2, 3), (2, 2), (2, 2), (4, 2))
+    *tensors, grad = (torch.randn(1, h, 6, c, requires_grad=not backward) for h, c in shapes)
+    if not backward:
+        return [(*tensors, *options)]
+    results = torch.ops.torchlayers.ring_tensor_attention_forward(*tensors, *options)
+    return [(grad, torch.randn(1, 4, 6), *tensors, *results, *options)]
+
+
+def _whole_row_samples(backward=False):
+    shapes = ((2, 4, 6, 3), (2, 2, 6, 3), (2, 2, 6, 3), (6, 6))
+    q, k, v, bias = (torch.randn(size, requires_grad=not backward) for size in shapes)
+    options = torch.zeros(1, dtype=torch.int64), SequenceLayout(6, 1, "zigzag").key, "", 0.5, 0.2, True
+    if backward:
+        return [(torch.randn(2, 4, 6, 3), q, k, v, torch.randn(2, 4, 6, 6).softmax(-1), bias, *options, True)]
+    return [(q, k, v, bias, *options, "first")]
+
+
+def _sequence_samples(*options):
+    return [(torch.randn(2, 4, 6, 3, requires_grad=True), SequenceLayout(6, 1, "zigzag").key, 2, "", *options)]
+
+
+def _exchange_samples(*options):
+    x, y = torch.randn(2, 4, 6, 3, requires_grad=True), torch.randn(2, 4, 6, 1, requires_grad=True)
+    return [([x, y], *options)]
+
+
+_ZIGZAG = SequenceLayout(6, 1, "zigzag").key
+
+
 # Argument tuples for every operation under torchlayers::, those of tables included.
 SAMPLES = {
+    "all_reduce": lambda: [(torch.randn(2, 6, requires_grad=True), "", "", "first")],
+    "all_to_all_heads": lambda: _exchange_samples(_ZIGZAG, "", 0, "", None, "first"),
+    "all_to_all_sequence": lambda: _exchange_samples([4, 4], _ZIGZAG, "", 0),
+    "gather_sequence": lambda: _sequence_samples(False),
+    "reduce_scatter_sequence": _sequence_samples,
+    "ring_attention_forward": _ring_samples,
+    "ring_attention_backward": lambda: _ring_samples(backward=True),
+    "ring_self_attention": _whole_row_samples,
+    "ring_self_attention_backward": lambda: _whole_row_samples(backward=True),
+    "ring_tensor_attention_forward": _ring_tensor_samples,
+    "ring_tensor_attention_backward": lambda: _ring_tensor_samples(backward=True),
+    "scatter_sequence": _sequence_samples,
     "table": lambda: [("test_ops", [4], torch.float32, torch.device("cpu"))],
     "spectral_mix": lambda: _mix_samples("dense"),
     "spectral_mix_cp": lambda: _mix_samples("cp"),
@@ -140,8 +197,10 @@ SAMPLES = {
 def test_opcheck():
     for name in _aot.kernel_modules():
         importlib.import_module(f"torchlayers.kernels.{name}")
-    # Registers the chunked path, which is the attention kernels' plain implementation.
-    importlib.import_module("torchlayers.tensor_attention.functional")
+    # Register the chunked path, which is the attention kernels' plain implementation, the collectives, and what serves
+    # every rank in one graph.
+    importlib.import_module("torchlayers.tensor_attention")
+    importlib.import_module("torchlayers.ring_attention")
     results = opcheck_all(SAMPLES)
     assert {"tdft2_forward", "tdft2_inverse", "spectral_mix", "table"} <= results.keys()
 

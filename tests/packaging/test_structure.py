@@ -216,15 +216,23 @@ def test_a_family_exports_what_it_says_and_the_package_has_its_modules(family):
             assert name in torchlayers.__all__
 
 
+def functions(family):
+    """What a family's functional.py holds, and the functions of its distributed.py: name -> function."""
+    found = {}
+    for part_name in ("functional", "distributed"):
+        if f"torchlayers.{family}.{part_name}" in FILES:
+            module = importlib.import_module(f"torchlayers.{family}.{part_name}")
+            found |= {name: getattr(module, name) for name in module.__all__}
+    return {name: value for name, value in found.items() if not isinstance(value, type)}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_functional_gathers_the_family_s_functions(family):
     package = importlib.import_module(f"torchlayers.{family}")
-    functional = importlib.import_module(f"torchlayers.{family}.functional")
-    for name in functional.__all__:
+    for name, function in functions(family).items():
         assert name in package.__all__ and name in torchlayers.functional.__all__, name
-        assert getattr(torchlayers.functional, name) is getattr(package, name) is getattr(functional, name)
+        assert getattr(torchlayers.functional, name) is getattr(package, name) is function
 
 
 def test_functional_holds_nothing_else():
-    functions = {n for f in FAMILIES for n in importlib.import_module(f"torchlayers.{f}.functional").__all__}
-    assert set(torchlayers.functional.__all__) == functions
+    assert set(torchlayers.functional.__all__) == {name for family in FAMILIES for name in functions(family)}

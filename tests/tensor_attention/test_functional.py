@@ -189,6 +189,26 @@ def test_rows_that_see_nothing():
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), arguments))
 
 
+def test_what_lies_in_padding_does_not_matter():
+    arguments = inputs(nq=20, n1=20, n2=20)
+    keep = torch.ones(1, 20, dtype=torch.bool)
+    keep[:, 12:15] = False
+    options = {"key_padding_mask1": keep, "key_padding_mask2": keep, "is_causal": True, "window1": 5, "window2": 7}
+    out = tensor_attention(*arguments, **options)
+    g = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, arguments, g)
+    for nothing in (float("nan"), float("inf")):
+        filled = [x.detach().clone().requires_grad_() for x in arguments]
+        with torch.no_grad():
+            for x in filled[1:]:
+                x[:, :, 12:15] = nothing
+        again = tensor_attention(*filled, **options)
+        torch.testing.assert_close(again, out, rtol=0, atol=0)
+        for a, b in zip(torch.autograd.grad(again, filled, g), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert all((x[:, :, 12:15] == 0).all() for x in gradients[1:])
+
+
 def test_decoding_with_a_key_cache():
     """One query at a time against the keys so far, and the whole sequence at once; windows, dropout and all."""
     q, k1, k2, v1, v2 = inputs(nq=9, n1=9, n2=9, grad=False)
@@ -388,6 +408,8 @@ def test_dispatch_is_told():
     arguments = inputs(grad=False)
     tensor_attention(*arguments)
     assert torchlayers.last_dispatch().startswith("torch: ")
+    tensor_attention(*arguments, backend="dense")
+    assert torchlayers.last_dispatch() == "dense: backend is 'dense'"
     with pytest.raises(torchlayers.BackendError, match="backend='triton'"):
         tensor_attention(*arguments, backend="triton")
 
@@ -555,8 +577,8 @@ def test_dense_memory_is_limited(monkeypatch):
         ({"windows": [None, -2]}, ValueError, r"windows\[1\] must be at least 1"),
         ({"windows": [None]}, ValueError, "windows must have one entry for each"),
         ({"key_padding_masks": [None, torch.ones(2, 7)]}, TypeError, r"key_padding_masks\[1\] must be bool"),
-        ({"q": torch.zeros(2, 8, 5, 8)}, ValueError, "query must have the heads of the keys"),
-        ({"keys": [GOOD["key1"], GOOD["key2"][..., :4]]}, ValueError, r"keys\[1\] must have the channels of query"),
+        ({"q": torch.zeros(2, 8, 5, 8)}, ValueError, "q must have the heads of the keys"),
+        ({"keys": [GOOD["key1"], GOOD["key2"][..., :4]]}, ValueError, r"keys\[1\] must have the channels of q"),
         ({"scale": "1"}, TypeError, "scale must be a float"),
     ],
 )

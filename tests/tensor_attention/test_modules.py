@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -148,8 +149,17 @@ def test_a_floating_padding_mask_holds_zeros_and_minus_infinities():
     torch.testing.assert_close(
         layer(x, key_padding_mask=floating)[0], layer(x, key_padding_mask=ignore)[0], rtol=0, atol=0
     )
-    with pytest.raises(RuntimeError, match="key_padding_mask must be bool"):
-        layer(x, key_padding_mask=floating + 1)
+    block = TensorTransformerBlock(8, 2, batch_first=True, dtype=DOUBLE).eval()
+    encoder = nn.TransformerEncoder(block, 1, enable_nested_tensor=False).eval()
+    for number in (1.0, -1e9, math.nan):
+        other = floating.masked_fill(ignore, number)
+        for call in (
+            partial(layer, key_padding_mask=other),
+            partial(block, src_key_padding_mask=other),
+            partial(encoder, src_key_padding_mask=other),
+        ):
+            with pytest.raises(ValueError, match=r"key_padding_mask must be bool.* or floating with 0 and -inf alone"):
+                call(x)
 
 
 def test_dropout_only_in_training_and_unbiased():

@@ -14,6 +14,7 @@ from torchlayers.tfno import (
     SpectralConv,
     spectral_conv,
     spectral_resample,
+    transforms,
     truncated_irfftn,
     truncated_rfftn,
 )
@@ -253,6 +254,29 @@ def test_truncated_irfftn_of_all_modes_is_irfftn():
     shifted = torch.fft.ifftshift(Y, dim=1)
     columns = torch.fft.ifft(shifted, dim=1, norm="forward")  # then C2R, whose rule for the outer columns is the one
     torch.testing.assert_close(truncated_irfftn(Y, (6, 8)), torch.fft.irfft(columns, n=8, norm="forward"))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func's own import
+@pytest.mark.parametrize(
+    ("method", "large_buffer"), [("fft", 2**25), ("mixed", 2**25), ("dft", 2**25), ("auto", 2**25), ("auto", 0)]
+)
+def test_functional_transforms(method, large_buffer, monkeypatch):
+    """torch.func's gradient, jvp and vmap, and second derivatives; "auto" as it chooses for small and large fields."""
+    monkeypatch.setattr(transforms, "_LARGE_BUFFER", large_buffer)
+    x = torch.randn(3, 2, 8, 9, dtype=torch.float64)
+    weight = torch.randn(2, 2, 4, 3, dtype=torch.complex128)
+
+    def energy(x):
+        return spectral_conv(x, weight, method=method).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(energy(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(energy)(x), grad)
+    tangent = torch.randn_like(x)
+    torch.testing.assert_close(torch.func.jvp(energy, (x,), (tangent,))[1], (grad * tangent).sum())
+    mapped = torch.vmap(lambda sample: spectral_conv(sample[None], weight, method=method)[0])(x)
+    torch.testing.assert_close(mapped, spectral_conv(x, weight, method=method))
+    assert torch.autograd.gradgradcheck(energy, (leaf,), fast_mode=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -46,7 +46,7 @@ def randomised(model):
 def test_weights_go_both_ways(name):
     models = pytest.importorskip("neuralop.models")
     shape = {"n_modes": (8, 6), "in_channels": 2, "out_channels": 3, "hidden_channels": 8, "n_layers": 2}
-    arguments = {**shape, **CONFIGS[name]}
+    arguments = {**shape, "implementation": "factorized", **CONFIGS[name]}
     theirs = randomised(models.TFNO(**arguments))
     x = torch.randn(2, 2, 16, 20)
     expected = theirs(x)
@@ -60,6 +60,12 @@ def test_weights_go_both_ways(name):
     plain = TFNO(**arguments)
     plain.load_state_dict(state)
     assert_close_rel(plain.eval()(x), expected, rtol=2e-6)
+
+    assert {conv.implementation for conv in theirs.fno_blocks.convs} <= {"factorized", "reconstructed"}
+    assert {conv.implementation for conv in ours.fno_blocks.convs} == {"auto"}
+    chosen = from_neuralop(state, implementation="factorized").eval()
+    assert {conv.implementation for conv in chosen.fno_blocks.convs} == {"factorized"}
+    assert_close_rel(chosen(x), expected, rtol=2e-6)
 
     saved = ours.state_dict()
     assert sorted(saved) == sorted(key for key in state if key != "_metadata")
@@ -102,9 +108,12 @@ def test_ada_in_equals_neuraloperators_blocks():
 
 def test_from_neuralop_of_a_convolution_and_of_strangers():
     neuralop = pytest.importorskip("neuralop.layers.spectral_convolution")
-    theirs = neuralop.SpectralConv(3, 5, (8, 7), factorization="cp", max_n_modes=(10, 10), bias=False)
+    options = {"factorization": "cp", "max_n_modes": (10, 10), "implementation": "factorized"}
+    theirs = neuralop.SpectralConv(3, 5, (8, 7), bias=False, **options)
     ours = from_neuralop(theirs)
     assert isinstance(ours, SpectralConv) and ours.n_modes == theirs.n_modes
+    assert ours.implementation == "auto"
+    assert from_neuralop(theirs, implementation="factorized").implementation == "factorized"
     x = torch.randn(2, 3, 16, 16)
     assert_close_rel(ours(x), theirs(x), rtol=1e-6)
     with pytest.raises(TypeError, match="source must be a neuraloperator FNO"):
@@ -168,6 +177,36 @@ def test_resolution_scaling_and_padding():
     assert model(x, output_shape=(21, 25)).shape == (1, 1, 21, 25)
     per_axis = FNOBlocks(2, 2, (4, 4), resolution_scaling_factor=[[2, 1]])
     assert per_axis(torch.randn(1, 2, 6, 6)).shape == (1, 2, 12, 6)
+
+
+@pytest.mark.parametrize("factors", [[[0.5] * 2] * 2, [[1.5, 0.6], [0.9, 2.0]], [[2.3, 1 / 3], [1.0, 1.7]]])
+@pytest.mark.parametrize("padding", [0.05, 0.25, [0.3, 0.11]])
+def test_padding_has_no_part_in_the_size(factors, padding):
+    model = TFNO((4, 4), 1, 1, 2, n_layers=2, resolution_scaling_factor=factors, domain_padding=padding)
+    for grid in [(7, 9), (10, 11), (15, 8), (13, 17)]:
+        size = grid
+        for layer in factors:
+            size = tuple(round(r * n) for r, n in zip(layer, size, strict=True))
+        assert model(torch.zeros(1, 1, *grid)).shape[2:] == size
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 2, 2.3])
+def test_what_is_cut_off_is_the_padding(factor):
+    """Where the model is the identity, the ones of the domain are ones at any resolution, up to their ringing edge."""
+    model = TFNO(
+        (4,), 1, 1, 1, n_layers=1, domain_padding=0.5, resolution_scaling_factor=factor, positional_embedding=None,
+        use_channel_mlp=False, fno_skip="identity", lifting_channel_ratio=0, non_linearity=nn.Identity(),
+        projection_channel_ratio=1, dtype=torch.float64,
+    )  # fmt: skip
+    for name, p in model.named_parameters():
+        nn.init.constant_(p, float(name.endswith("weight")))
+    for p in model.fno_blocks.convs.parameters():
+        nn.init.zeros_(p)
+    y = model(torch.ones(1, 1, 31, dtype=torch.float64))
+    assert y.shape == (1, 1, round(factor * 31))
+    edge = round(4 * max(factor, 1))
+    assert (y[..., edge:-edge] - 1).abs().max() < 0.1
+    assert (y - 1).abs().max() < 0.6  # 0.5 at the jump itself; a point of padding would be near 0
 
 
 @pytest.mark.parametrize("norm", [None, "instance_norm", "group_norm", "batch_norm"])
@@ -240,6 +279,25 @@ def test_inductor():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inductor's own import
+@pytest.mark.parametrize("joint", [False, True])
+def test_inductor_compiles_a_whole_model(joint):
+    options = {"domain_padding": 0.2, "norm": "group_norm", "joint_factorization": joint}
+    model = TFNO((4, 4), 1, 1, 4, n_layers=2, rank=0.3, **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(2, 1, 9, 8, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    y, want = compiled(x), model(x)
+    assert_close_rel(y, want, rtol=2e-6)
+    cotangent = torch.randn_like(y)
+    got, expected = (torch.autograd.grad(out, leaves, cotangent) for out in (y, want))
+    for g, e in zip(got, expected, strict=True):
+        assert_close_rel(g, e, rtol=5e-5)
+    torch._dynamo.reset()
+
+
 def test_copies_and_reset(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = TFNO((4, 4), 1, 1, 4, n_layers=2, rank=0.3, joint_factorization=True)
@@ -294,7 +352,11 @@ def test_incremental_modes_of_a_model():
         (ValueError, "domain_padding must not be negative", {"domain_padding": -0.1}),
         (ValueError, "resolution_scaling_factor must have n_layers", {"resolution_scaling_factor": [2, 2, 2]}),
         (ValueError, "n_layers must be at least 1", {"n_layers": 0}),
-        (ValueError, "channel_mlp_expansion must not be negative", {"channel_mlp_expansion": -1}),
+        (ValueError, "channel_mlp_expansion must be finite and leave at least one", {"channel_mlp_expansion": -1}),
+        (ValueError, "channel_mlp_expansion .* for out_channels = 4, got 0", {"channel_mlp_expansion": 0}),
+        (ValueError, r"channel_mlp_expansion .* got 0\.1", {"channel_mlp_expansion": 0.1}),
+        (ValueError, "channel_mlp_expansion .* got inf", {"channel_mlp_expansion": float("inf")}),
+        (ValueError, "rank must not be far above full", {"rank": 100}),
         (TypeError, "n_modes must be a sequence of ints, got 4.0", {"n_modes": 4.0}),
         (ValueError, "factorization must be one of", {"factorization": "svd"}),
         (ValueError, "fno_block_precision must be one of", {"fno_block_precision": "low"}),

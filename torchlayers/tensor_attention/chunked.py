@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._attention import allowed, philox_keep
+from .._attention import allowed, no_autocast, philox_keep
 
 __all__ = ["chunked_attention", "chunked_backward", "chunked_forward"]
 
@@ -87,12 +87,11 @@ def _chunks(
 class _Tiles:
     """One chunk of a call: what is read, masked, dropped and written for it."""
 
-    def __init__(self, chunk: Chunk, group: int, mask1, mask2, seed, dropout_p, window1, window2, offsets, heads):
+    def __init__(self, chunk: Chunk, group: int, masks, seed, dropout_p, windows, offsets, heads, limits):
         self.chunk, self.group = chunk, group
         self.seed, self.dropout_p, self.heads = seed, dropout_p, heads
-        self.masks = (mask1, mask2)
-        self.windows = (window1, window2)
-        self.offsets = offsets
+        self.masks, self.windows, self.offsets = masks, windows, offsets
+        self.limits = limits  # of the call so far, for tiles that see the same
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, H G, nq, ...) to (B, H, T, G, I, ...)."""
@@ -109,10 +108,19 @@ class _Tiles:
         tiles = torch.arange(self.chunk.blocks, device=device)[:, None] * self.chunk.rows
         return (start + tiles + torch.arange(span, device=device)).clamp(0, n - 1)
 
+    def _inside(self, which: int, n: int) -> bool:
+        """Whether there are keys at all places of the chunk."""
+        start, span = self.chunk[3 + 2 * which], self.chunk[4 + 2 * which]
+        return start >= 0 and start + (self.chunk.blocks - 1) * self.chunk.rows + span <= n
+
     def keys(self, which: int, x: Tensor, dim: int = 2) -> Tensor:
         """(B, H, n, c) to (B, H, T, span, c)."""
+        start, span, rows = self.chunk[3 + 2 * which], self.chunk[4 + 2 * which], self.chunk.rows
         if self.chunk.blocks == 1:
-            return x.narrow(dim, self.chunk[3 + 2 * which], self.chunk[4 + 2 * which]).unsqueeze(dim)
+            return x.narrow(dim, start, span).unsqueeze(dim)
+        if self._inside(which, x.shape[dim]):
+            x = x.narrow(dim, start, (self.chunk.blocks - 1) * rows + span)
+            return x.unfold(dim, span, rows).movedim(-1, dim + 1).contiguous()
         index = self._index(which, x.shape[dim], x.device)
         return x.index_select(dim, index.flatten()).unflatten(dim, index.shape)
 
@@ -133,24 +141,31 @@ class _Tiles:
         tiles = torch.arange(chunk.blocks, device=device)[:, None] * chunk.rows
         return start + offset + tiles + torch.arange(span, device=device)
 
-    def seen(self, which: int, n: int, device) -> Tensor | None:
-        """(B or 1, T, I, span): whether each query sees each key; None where all do."""
-        chunk, mask = self.chunk, self.masks[which]
-        left, right = self.windows[which]
+    def limit(self, which: int, n: int, like: Tensor) -> Tensor | None:
+        """(B or 1, T or 1, I, span): inf where a query sees a key and -inf elsewhere; None where all see all."""
+        chunk, mask, window = self.chunk, self.masks[which], self.windows[which]
         start, span = chunk[3 + 2 * which], chunk[4 + 2 * which]
-        shift = self.offsets[0] - self.offsets[1 + which]
-        first, last = chunk.start + shift, chunk.start + chunk.rows - 1 + shift
-        inside = start >= 0 and start + (chunk.blocks - 1) * chunk.rows + span <= n
-        whole = (left < 0 or start >= last - left) and (right < 0 or start + span - 1 <= first + right)
-        if inside and whole and mask is None:
+        # Keys move on with the queries from tile to tile: what a window hides is the same in all.
+        ahead = start - (chunk.start + self.offsets[0] - self.offsets[1 + which])
+        left, right = window
+        whole = (left < 0 or ahead >= chunk.rows - 1 - left) and (right < 0 or ahead + span - 1 <= right)
+        plain = mask is None and self._inside(which, n)
+        if whole and plain:
             return None
-        keys = self._positions(which, device)
-        ok = allowed(self._positions(None, device), keys, (left, right))
-        if not inside:
-            local = keys - self.offsets[1 + which]
-            ok = ok & ((local >= 0) & (local < n))[:, None]
-        ok = ok[None]
-        return ok if mask is None else ok & self.keys(which, mask, dim=1)[:, :, None]
+        key = (which, ahead, chunk.rows, span)
+        if plain and key in self.limits:
+            return self.limits[key]
+        i, j = (torch.arange(size, device=like.device) for size in (chunk.rows, span))
+        ok = allowed(i, j + ahead, window)[None, None]
+        if not plain and chunk.blocks > 1:
+            place = j + start + torch.arange(chunk.blocks, device=like.device)[:, None] * chunk.rows
+            ok = ok & ((place >= 0) & (place < n))[:, None]
+        if mask is not None:
+            ok = ok & self.keys(which, mask, dim=1)[:, :, None]
+        limit = torch.where(ok, float("inf"), float("-inf")).to(like.dtype)
+        if plain:
+            self.limits[key] = limit
+        return limit
 
     def kept(self, low: int, high: int, device) -> Tensor:
         """(B, H, T, G, I, J, K): what dropout keeps of the keys low..high of set 1."""
@@ -196,6 +211,9 @@ class _Setting:
         window1, window2 = ([left, 0 if is_causal else right] for left, right in (window1, window2))
         batch, heads, nq, _ = q.shape
         self.dtype = torch.promote_types(q.dtype, torch.float32)
+        # What lies in padding must not count, be it NaN.
+        k1, v1 = (x if mask1 is None else x.masked_fill(~mask1[:, None, :, None], 0.0) for x in (k1, v1))
+        k2, v2 = (x if mask2 is None else x.masked_fill(~mask2[:, None, :, None], 0.0) for x in (k2, v2))
         self.tensors = tuple(x.to(self.dtype) for x in (q, k1, k2, v1, v2))
         self.n1, self.n2 = k1.shape[2], k2.shape[2]
         self.form, self.scale, self.keep = form, scale, 1.0 - dropout_p
@@ -203,7 +221,8 @@ class _Setting:
         shifts = offsets[0] - offsets[1], offsets[0] - offsets[2]
         self.lanes, self.width = batch * heads, max(q.shape[3], v1.shape[3])
         chunks = _chunks(self.lanes, self.width, nq, self.n1, self.n2, window1, window2, *shifts)
-        settings = (mask1, mask2, seed, dropout_p, window1, window2, offsets, (batch, k1.shape[1]))
+        limits: dict[tuple[int, ...], Tensor] = {}
+        settings = ((mask1, mask2), seed, dropout_p, (window1, window2), offsets, (batch, k1.shape[1]), limits)
         self.chunks = (_Tiles(chunk, group, *settings) for chunk in chunks)
 
     def tiles(self, t: _Tiles) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -212,7 +231,7 @@ class _Setting:
         q, k1, k2 = self.tensors[:3]
         q = t.queries(q)[..., None, :]
         k1, k2 = t.keys(0, k1)[:, :, :, None, None], t.keys(1, k2)
-        ok1, ok2 = t.seen(0, self.n1, q.device), t.seen(1, self.n2, q.device)
+        limit1, limit2 = t.limit(0, self.n1, q), t.limit(1, self.n2, q)
         chunk, scale = t.chunk, self.scale * LOG2_E
         step = max(1, TILE // (self.lanes * chunk.blocks * chunk.rows * max(chunk.span2, self.width)))
         for low in range(0, chunk.span1, step):
@@ -222,13 +241,11 @@ class _Setting:
             x = _rows(a, k2.mT)
             if b is not None:
                 x += (b * scale)[..., None]
-            ok = None
-            if ok1 is not None:
-                ok = ok1[..., j, None]
-            if ok2 is not None:
-                ok = ok2[..., None, :] if ok is None else ok & ok2[..., None, :]
-            if ok is not None:  # (B, T, I, J, K)
-                x.masked_fill_(~ok[:, None, :, None], float("-inf"))
+            # Many times as fast as filling by a bool mask.
+            if limit1 is not None:
+                x.clamp_(max=limit1[:, None, :, None, :, j, None])
+            if limit2 is not None:
+                x.clamp_(max=limit2[:, None, :, None, :, None])
             yield j, q, a, x
 
 
@@ -247,8 +264,15 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x == float("-inf"), 0.0, x)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+def _swaps(n1: int, n2: int, window1: list[int], window2: list[int], is_causal: bool, dropout_p: float) -> bool:
+    """Whether the two sets should change places, so that the one of which a query sees more is inside, in the matrix
+    products. Dropout tells the sets apart."""
+
+    def seen(n: int, window: list[int]) -> int:
+        left, right = window[0], 0 if is_causal else window[1]
+        return n if left < 0 or right < 0 else min(n, left + 1 + right)
+
+    return dropout_p == 0.0 and seen(n1, window1) > seen(n2, window2)
 
 
 def chunked_forward(
@@ -275,7 +299,13 @@ def chunked_forward(
     q (B, Hq, nq, d); k1, v1 (B, Hkv, n1, d | dv); k2, v2 (B, Hkv, n2, d | dv); masks (B, n1), (B, n2) bool; seed
     int64 (1,); windows [left, right].
     """
-    with torch.no_grad(), _no_autocast(q):
+    if _swaps(k1.shape[2], k2.shape[2], window1, window2, is_causal, dropout_p):
+        mirrored = -scale if form == "determinant" else scale
+        return chunked_forward(
+            q, k2, k1, v2, v1, mask2, mask1, seed, mirrored, dropout_p, window2, window1, is_causal, form,
+            q_offset, k2_offset, k1_offset,
+        )  # fmt: skip
+    with torch.no_grad(), no_autocast(q):
         call = _Setting(
             q, k1, k2, v1, v2, mask1, mask2, seed, scale, dropout_p, window1, window2, is_causal, form,
             (q_offset, k1_offset, k2_offset),
@@ -333,7 +363,14 @@ def chunked_backward(
 
     Source: arXiv 2405.16411, computed tile by tile.
     """
-    with torch.no_grad(), _no_autocast(q):
+    if _swaps(k1.shape[2], k2.shape[2], window1, window2, is_causal, dropout_p):
+        mirrored = -scale if form == "determinant" else scale
+        dq, dk2, dk1, dv2, dv1 = chunked_backward(
+            grad_out, grad_lse, q, k2, k1, v2, v1, out, lse, mask2, mask1, seed, mirrored, dropout_p, window2, window1,
+            is_causal, form, q_offset, k2_offset, k1_offset,
+        )  # fmt: skip
+        return dq, dk1, dk2, dv1, dv2
+    with torch.no_grad(), no_autocast(q):
         call = _Setting(
             q, k1, k2, v1, v2, mask1, mask2, seed, scale, dropout_p, window1, window2, is_causal, form,
             (q_offset, k1_offset, k2_offset),

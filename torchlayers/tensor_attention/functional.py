@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .._attention import check_dropout, check_padding_mask, normalize_window, seed_tensor
-from .._backend import BACKENDS, import_kernels, use_triton
-from .._checks import check_choice, check_dtype, check_int, check_ndim, check_same_device, check_size
+from .._attention import (
+    autocast,
+    check_dropout,
+    check_padding_mask,
+    check_qkv,
+    check_scale,
+    no_autocast,
+    normalize_window,
+    seed_tensor,
+)
+from .._backend import BACKENDS, import_kernels, note_dispatch, use_triton
+from .._checks import check_choice, check_int, check_same_device, check_size
 from . import reference
 from .chunked import chunked_attention, chunked_backward, chunked_forward
 from .polynomial import certified, polynomial_nth_order_attention, polynomial_tensor_attention
@@ -33,8 +41,6 @@ if _kernels is not None:
     assert _lib is not None
     _lib.register_reference(_kernels.tensor_attention_forward_op, chunked_forward)
     _lib.register_reference(_kernels.tensor_attention_backward_op, chunked_backward)
-
-_LAYOUT = "(batch, heads, length, channels)"
 
 
 def tensor_attention(
@@ -126,8 +132,8 @@ def tensor_attention(
         >>> tensor_attention(q, k1, k2, v1, v2, is_causal=True, window1=32, window2=8).shape
         torch.Size([1, 4, 128, 32])
     """
-    tensors = {"query": query, "key1": key1, "key2": key2, "value1": value1, "value2": value2}
-    _check_tensors(tensors, enable_gqa)
+    keys, values = {"key1": key1, "key2": key2}, {"value1": value1, "value2": value2}
+    check_qkv({"query": query}, keys, values, enable_gqa)
     batch, heads, nq, d = query.shape
     n1, n2 = key1.shape[2], key2.shape[2]
     check_size("value1", value1, 2, n1, "the length of key1")
@@ -148,8 +154,8 @@ def tensor_attention(
     check_choice("approx", approx, (None, "polynomial", "auto"))
     if pair_mask is not None:
         _check_pair_mask(pair_mask, (batch, heads, nq, n1, n2), query, backend)
-    query, key1, key2, value1, value2 = _autocast(query, key1, key2, value1, value2)
-    scale = _scale(scale, d)
+    query, key1, key2, value1, value2 = autocast(query, key1, key2, value1, value2)
+    scale = check_scale(scale, d)
 
     if approx is not None and _approximates(
         approx,
@@ -175,8 +181,8 @@ def tensor_attention(
     seed = seed_tensor("dropout_seed", dropout_seed, query.device) if dropout_p > 0.0 else None
     if backend == "dense":
         _check_memory(query, (n1, n2), "tensor_attention(backend='dense')", "pass windows with backend='torch'")
-        use_triton("tensor_attention_forward", query, "torch")
-        with _no_autocast(query):
+        note_dispatch("dense: backend is 'dense'")
+        with no_autocast(query):
             out, lse = reference.tensor_attention(
                 *(_widened(x) for x in (query, key1, key2, value1, value2)),
                 key_padding_mask1=key_padding_mask1, key_padding_mask2=key_padding_mask2, pair_mask=pair_mask,
@@ -216,62 +222,8 @@ def _approximates(approx: str, tolerance: float, certify: Callable[[], bool], ex
     return not found and certify()
 
 
-def _scale(scale: object, d: int) -> float:
-    if scale is None:
-        return d**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float (multiply what is learnt into the query), got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
-
-
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on; like torch's own, it leaves float64 alone."""
-    kind = tensors[0].device.type
-    if kind == "meta" or tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
-
-
-def _check_tensors(tensors: dict[str, Tensor], enable_gqa: bool) -> None:
-    """Rank, dtype, device, batch, heads and channels; the query comes first."""
-    query = tensors["query"]
-    for name, x in tensors.items():
-        check_ndim(name, x, 4, _LAYOUT)
-        check_dtype(name, x, kind="real")
-        check_same_device(name, x, "query", query)
-        # Under autocast float32 and half-precision tensors may meet: they become one dtype.
-        mixed = x.dtype != query.dtype
-        if mixed and (
-            torch.float64 in (x.dtype, query.dtype)
-            or query.device.type == "meta"
-            or not torch.is_autocast_enabled(query.device.type)
-        ):
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        check_size(name, x, 0, query.shape[0], "batch")
-        if name.startswith("key"):
-            check_size(name, x, 3, query.shape[3], "the channels of query")
-    if query.shape[3] == 0:
-        raise ValueError(f"query must have at least one channel, got shape {tuple(query.shape)}")
-    key = tensors[next(name for name in tensors if name.startswith("key"))]
-    heads, key_heads = query.shape[1], key.shape[1]
-    for name, x in tensors.items():
-        if name != "query":
-            check_size(name, x, 1, key_heads, "heads")
-    if heads != key_heads:
-        if not enable_gqa:
-            raise ValueError(f"query must have the heads of the keys, {key_heads}, unless enable_gqa, got {heads}")
-        if key_heads == 0 or heads % key_heads:
-            raise ValueError(f"query must have a multiple of the keys' heads, {key_heads}, got {heads}")
 
 
 def _check_pair_mask(mask: object, shape: tuple[int, ...], query: Tensor, backend: str | None) -> None:
@@ -354,22 +306,21 @@ def nth_order_attention(
     for name, given in (("values", values), ("key_padding_masks", masks), ("windows", limits)):
         if len(given) != order:
             raise ValueError(f"{name} must have one entry for each of the {order} keys, got {len(given)}")
-    tensors = {"query": q} | {f"keys[{t}]": x for t, x in enumerate(keys)}
-    tensors |= {f"values[{t}]": x for t, x in enumerate(values)}
-    _check_tensors(tensors, enable_gqa)
+    named_keys = {f"keys[{t}]": x for t, x in enumerate(keys)}
+    check_qkv({"q": q}, named_keys, {f"values[{t}]": x for t, x in enumerate(values)}, enable_gqa)
     for t, (key, value, mask) in enumerate(zip(keys, values, masks, strict=True)):
         check_size(f"values[{t}]", value, 2, key.shape[2], f"the length of keys[{t}]")
         check_size(f"values[{t}]", value, 3, values[0].shape[3], "the channels of values[0]")
         check_padding_mask(f"key_padding_masks[{t}]", mask, q.shape[0], key.shape[2], "q", q)
     pairs = [normalize_window(f"windows[{t}]", window, is_causal) for t, window in enumerate(limits)]
     _check_memory(q, [key.shape[2] for key in keys], "nth_order_attention", "use tensor_attention for order 3")
-    q, *rest = _autocast(q, *keys, *values)
-    with _no_autocast(q):
+    q, *rest = autocast(q, *keys, *values)
+    with no_autocast(q):
         out, lse = reference.nth_order_attention(
             _widened(q),
             [_widened(x) for x in rest[:order]],
             [_widened(x) for x in rest[order:]],
-            key_padding_masks=masks, is_causal=is_causal, windows=pairs, scale=_scale(scale, q.shape[3]),
+            key_padding_masks=masks, is_causal=is_causal, windows=pairs, scale=check_scale(scale, q.shape[3]),
         )  # fmt: skip
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

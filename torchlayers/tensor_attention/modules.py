@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._attention import Window, check_dropout, mha_inputs, mha_output, normalize_window
 from .._backend import BACKENDS
@@ -282,7 +283,8 @@ class TensorAttention(nn.Module):
         Args:
             query, key, value: see the class; key is query by default, and value is key.
             key_padding_mask: (N, S), or (S,) without a batch; bool, True = ignore, as in nn.MultiheadAttention
-                (the functions take the opposite, True = keep), or floating with -inf to ignore and 0 otherwise.
+                (the functions take the opposite, True = keep), or floating with -inf to ignore and 0 otherwise: other
+                numbers raise a ValueError on a CPU, and torch's own assertion where the call is traced or on a GPU.
             need_weights: must be False.
             attn_mask: must be None, unless ``is_causal`` says that it is the causal mask.
             average_attn_weights: of no effect.
@@ -394,6 +396,28 @@ class TensorAttention(nn.Module):
         if self.max_gain is not None:
             text += f", max_gain={self.max_gain:.3g}, error_bound={self.error_bound:.2g}"
         return text
+
+    # -- over ranks
+
+    def sequence_parallel(self, config: Any) -> TensorAttention | None:
+        """What :func:`torchlayers.ring_attention.sequence_parallel` puts in this layer's place: a
+        :class:`RingTensorAttention` with its parameters; None where it is one.
+
+        Raises:
+            ValueError: the layer, or ``config``, has what tensor attention over ranks does not do.
+        """
+        from .distributed import RingTensorAttention
+
+        if isinstance(self, RingTensorAttention):
+            return None
+        for name, default in (("window_size", None), ("schedule", "ring")):
+            if getattr(config, name) != default:
+                raise ValueError(f"{name} must be {default!r} for tensor attention, got {getattr(config, name)!r}")
+        layer = RingTensorAttention.from_tensor_attention(
+            self, layout=config.layout, group=config.group, mesh=config.mesh
+        )
+        layer.is_causal |= config.is_causal
+        return layer
 
     # -- from trained weights
 
@@ -700,8 +724,13 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
         return mask
     ignored = mask == float("-inf")
-    # Without waiting for a GPU.
-    torch._assert_async((ignored | (mask == 0)).all(), "key_padding_mask must be bool, or hold 0 and -inf alone")
+    fits = (ignored | (mask == 0)).all()
+    message = "key_padding_mask must be bool, True = ignore, or floating with 0 and -inf alone"
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        torch._assert_async(fits, message)  # does not wait for a GPU
+    elif not fits:
+        other = mask[~ignored & (mask != 0)][0].item()
+        raise ValueError(f"{message}, got {other:g}")
     return ignored
 
 

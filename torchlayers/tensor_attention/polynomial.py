@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._attention import Window, allowed, check_padding_mask, normalize_window
+from .._attention import Window, allowed, check_padding_mask, no_autocast, normalize_window
 from .._checks import check_choice, check_dtype, check_int, check_ndim, check_same_device, check_size
 from .._tables import register_table, table
 
@@ -632,10 +632,6 @@ def _weights(query: Tensor, degree: int, basis: str, bound: Tensor | None) -> tu
     return query / interval[..., None].to(query.dtype), coefficients.mT.to(query.dtype)
 
 
-def _autocast_off(x: Tensor) -> torch.autocast:
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
-
-
 def _output_dtype(query: Tensor) -> torch.dtype:
     device = query.device.type
     if query.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
@@ -664,7 +660,7 @@ def _attention(
         graph = sum(x[:, :, :0].sum().to(out_dtype) for x in (query, *keys, *values))
         empty = query.new_zeros(batch, heads, n, dv, dtype=out_dtype) + graph
         return empty, query.new_zeros(batch, heads, n, dtype=torch.float64) if with_bound else None
-    with _autocast_off(query):
+    with no_autocast(query):
         q = query.to(dtype).reshape(batch, kv_heads, groups * n, d)
         keys = [_kept(x, mask, dtype) for x, mask in zip(keys, masks, strict=True)]
         values = [_kept(x, mask, dtype) for x, mask in zip(values, masks, strict=True)]
@@ -900,7 +896,7 @@ def certified(
         return True
     dtype, groups = _working_dtype(query), _groups(query, key1.shape[1], True)
     scale = d**-0.5 if scale is None else scale
-    with torch.no_grad(), _autocast_off(query):
+    with torch.no_grad(), no_autocast(query):
         q = query.to(dtype).reshape(query.shape[0], key1.shape[1], groups * query.shape[2], d)
         peaks = [
             _Peaks.of(_kept(key, mask, dtype), _kept(value, mask, dtype))
@@ -992,7 +988,7 @@ class PolynomialState:
                 check_same_device(f"key{t}", key, "the state", columns)
         else:
             self._start(keys, values, dtype)
-        with _autocast_off(keys[0]):
+        with no_autocast(keys[0]):
             for t, (key, value, mask) in enumerate(zip(keys, values, masks, strict=True)):
                 if key.shape[2]:
                     self._append(t, _kept(key, mask, dtype), _kept(value, mask, dtype), mask)
@@ -1056,7 +1052,7 @@ class PolynomialState:
         groups = _groups(query, kv_heads, True)
         _, heads, n, d = query.shape
         scale = d**-0.5 if self.scale is None else self.scale
-        with _autocast_off(query):
+        with no_autocast(query):
             q = query.to(self._dtype).reshape(batch, kv_heads, groups * n, d)
             with torch.no_grad():
                 bound = _logit_bounds(q, self._peaks, scale)[0] if self.basis == "chebyshev" else None

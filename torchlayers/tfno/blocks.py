@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_dtype, check_int, check_ints, check_ndim, check_size
-from .modules import SpectralConv, scaling_factors
+from .modules import SpectralConv, scaled_size, scaling_factors
 from .precision import PRECISIONS
 from .weights import JointSpectralWeights, mode_totals
 
@@ -228,7 +228,8 @@ class FNOBlocks(nn.Module):
             decomposition_kwargs, fno_block_precision: of the convolutions, see :class:`SpectralConv`.
         resolution_scaling_factor: a number for all layers, one a layer, or for each layer one an axis.
         n_layers: number of layers.
-        use_channel_mlp, channel_mlp_dropout, channel_mlp_expansion: the MLP C -> round(expansion C) -> C.
+        use_channel_mlp, channel_mlp_dropout, channel_mlp_expansion: the MLP C -> round(expansion C) -> C, whose
+            hidden width is at least 1.
         non_linearity: act; complex data has GELU on both parts.
         stabilizer: "tanh" before each convolution, or None.
         norm: "instance_norm", "group_norm", "batch_norm", "ada_in" (with ``ada_in_features``) or None.
@@ -362,9 +363,13 @@ class FNOBlocks(nn.Module):
         self.fno_skips = skips(fno_skip) if fno_skip else None
         self.channel_mlp = self.channel_mlp_skips = None
         if use_channel_mlp:
-            if not channel_mlp_expansion >= 0:
-                raise ValueError(f"channel_mlp_expansion must not be negative, got {channel_mlp_expansion}")
-            sizes = (out_channels, round(out_channels * channel_mlp_expansion), out_channels)
+            width = out_channels * channel_mlp_expansion
+            if not (math.isfinite(width) and round(width) >= 1):
+                raise ValueError(
+                    "channel_mlp_expansion must be finite and leave at least one hidden channel for "
+                    f"out_channels = {out_channels}, got {channel_mlp_expansion}"
+                )
+            sizes = (out_channels, round(width), out_channels)
             self.channel_mlp = each(lambda: ChannelMLP(sizes, dropout=channel_mlp_dropout, **factory))
             self.channel_mlp_skips = skips(channel_mlp_skip) if channel_mlp_skip else None
         self.norm = None
@@ -498,13 +503,15 @@ class TFNO(nn.Module):
             factorization, rank, fixed_rank_modes, implementation, decomposition_kwargs, separable, preactivation,
             conv_module: of the layers, see :class:`FNOBlocks` and :class:`SpectralConv`.
         domain_padding: zero padding at both ends of each axis after the lifting, as a fraction of its size: a number
-            or one an axis, for domains that are not periodic.
+            or one an axis, for domains that are not periodic. It is cut off before the projection, also where layers
+            change the resolution, and has no part in the size of the result.
         ada_in_features: size of the embedding, for ``norm="ada_in"``.
         joint_factorization: one factorized tensor for the weights of all layers, of shape (layers, hidden, hidden,
             modes...): the global parametrisation of the paper. ``model.fno_blocks.joint_weights`` holds it.
         method, backend, device, dtype: as in :class:`SpectralConv`.
 
-    Shape: x (B, in_channels, N1, ..., Nd) -> (B, out_channels, M1, ..., Md).
+    Shape: x (B, in_channels, N1, ..., Nd) -> (B, out_channels, M1, ..., Md). M = N; a layer with the scaling factor r
+        makes it round(r M).
 
     Raises:
         TypeError, ValueError: wrong names, counts or shapes at construction; wrong channels or dimensions at the
@@ -653,14 +660,20 @@ class TFNO(nn.Module):
         if self.positional_embedding is not None:
             x = self.positional_embedding(x)
         x = self.lifting(x)
-        if self.domain_padding is not None:
-            x = F.pad(x, [p for n in reversed(self._padding(grid, grid)) for p in (n, n)])
+        if self.domain_padding is None:
+            for index, shape in enumerate(shapes):
+                x = self.fno_blocks(x, index, output_shape=shape)
+            return self.projection(x)
+        # The domain changes its size as it does without padding, and the padding follows.
+        pads = self._padding(grid, grid)
+        x = F.pad(x, [p for pad in reversed(pads) for p in (pad, pad)])
+        size: Sequence[int] = grid
         for index, shape in enumerate(shapes):
-            if shape is not None and self.domain_padding is not None:
-                shape = [m + 2 * p for m, p in zip(shape, self._padding(grid, shape), strict=True)]
-            x = self.fno_blocks(x, index, output_shape=shape)
-        if self.domain_padding is not None:
-            x = self._cropped(x, grid, shapes[-1])
+            size = scaled_size(size, self.fno_blocks.resolution_scaling_factor[index]) if shape is None else shape
+            pads = self._padding(grid, size)
+            x = self.fno_blocks(x, index, output_shape=[m + 2 * p for m, p in zip(size, pads, strict=True)])
+        for axis, (m, pad) in enumerate(zip(size, pads, strict=True), 2):
+            x = x.narrow(axis, pad, m)
         return self.projection(x)
 
     def _layer_shapes(self, output_shape: Any) -> list[Any]:
@@ -681,18 +694,6 @@ class TFNO(nn.Module):
         return [
             round(round(fraction * n) * m / n) for fraction, n, m in zip(self.domain_padding, grid, size, strict=True)
         ]
-
-    def _cropped(self, x: Tensor, grid: Sequence[int], shape: Sequence[int] | None) -> Tensor:
-        """Without the padding, whose part of an axis is the same at every resolution."""
-        for axis, (n, pad) in enumerate(zip(grid, self._padding(grid, grid), strict=True)):
-            size = x.shape[2 + axis]
-            start = round(pad * size / (n + 2 * pad))
-            length = size - 2 * start
-            if shape is not None:
-                length = shape[axis]
-                start = (size - length) // 2
-            x = x.narrow(2 + axis, start, length)
-        return x
 
     @classmethod
     def from_neuralop(cls, source: Any, **overrides: Any) -> TFNO:

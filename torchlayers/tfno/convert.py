@@ -21,6 +21,7 @@ def from_neuralop(source: nn.Module | Mapping[str, Any], **overrides: Any) -> TF
             under ``"_metadata"``; in a checkpoint that has lost them, give them as ``overrides``), or a single
             ``SpectralConv``. neuraloperator itself need not be installed for a state dict.
         overrides: constructor arguments to change or add, such as ``backend="torch"`` or ``device="cuda"``.
+            ``source``'s ``implementation`` is not taken over: it changes speed only, and "auto" picks the faster.
 
     Returns:
         A :class:`TFNO` (a dense ``FNO`` is one with ``factorization=None``), or a :class:`SpectralConv`, in
@@ -70,7 +71,8 @@ def _constructor_arguments(metadata: Any, overrides: dict[str, Any]) -> dict[str
             "source must hold neuraloperator's '_metadata', or the constructor's arguments must be given: "
             "from_neuralop(state_dict, n_modes=..., in_channels=..., ...)"
         )
-    arguments.pop("conv_module", None)
+    for name in ("conv_module", "implementation"):
+        arguments.pop(name, None)
     return {**arguments, **overrides}
 
 
@@ -91,5 +93,4 @@ def _conv_arguments(conv: Any) -> dict[str, Any]:
         "fno_block_precision": conv.fno_block_precision,
         "rank": conv.rank,
         "factorization": conv.factorization,
-        "implementation": conv.implementation,
     }

@@ -33,9 +33,9 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
-def _method(method: str, x: Tensor, size: int, modes: int) -> str:
+def _method(method: str, x: Tensor) -> str:
     check_choice("method", method, METHODS)
-    return transforms.choose_method(x, size, modes) if method == "auto" else method
+    return transforms.choose_method(x) if method == "auto" else method
 
 
 def _check_grid(name: str, x: object, n_dim: int) -> None:
@@ -75,7 +75,7 @@ def truncated_rfftn(x: Tensor, n_modes: Sequence[int], *, method: str = "auto") 
     full = modes if x.is_complex() else (*modes[:-1], modes[-1] // 2 + 1)
     kept = kept_modes(modes, full, grid, grid, x.is_complex())
     with _no_autocast(x):
-        method = _method(method, x, grid[-1], kept[-1])
+        method = _method(method, x)
         y = transforms.spectrum(x.reshape(math.prod(batch), 1, *grid), kept, method)
     return y.reshape(*batch, *kept)
 
@@ -112,7 +112,7 @@ def truncated_irfftn(Y: Tensor, size: Sequence[int], *, complex_data: bool = Fal
         one_sided = not complex_data and axis == Y.ndim - 1
         Y = Y.narrow(axis, 0 if one_sided else m // 2 - k // 2, k)
     with _no_autocast(Y):
-        method = _method(method, Y, size[-1], kept[-1])
+        method = _method(method, Y)
         y = transforms.synthesis(Y.reshape(math.prod(batch), 1, *kept).resolve_conj(), size, method, complex_data)
     return y.reshape(*batch, *size)
 
@@ -256,7 +256,7 @@ def spectral_conv(
 
         field_dtype, low = x.dtype, low_dtype(x)
         x = _widened(x)
-        method = _method(method, x, max(grid[-1], size[-1]), kept[-1])
+        method = _method(method, x)
         modes = transforms.forward(x, kept, method)
         if precision == "full":
             y = mix(modes, w, separable=separable, implementation=implementation)

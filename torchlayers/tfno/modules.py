@@ -177,9 +177,7 @@ class SpectralConv(nn.Module):
     def _output_shape(self, grid: Sequence[int], output_shape: Sequence[int] | None) -> tuple[int, ...]:
         if output_shape is not None:
             return check_ints("output_shape", output_shape, self.order)
-        if self.resolution_scaling_factor is None:
-            return tuple(grid)
-        return tuple(max(1, round(n * r)) for n, r in zip(grid, self.resolution_scaling_factor, strict=True))
+        return scaled_size(grid, self.resolution_scaling_factor)
 
     def forward(
         self,
@@ -236,7 +234,14 @@ class SpectralConv(nn.Module):
         return text + f", implementation={self.implementation!r}"
 
 
-# --- arguments that the backbone checks too ---------------------------------------------------------------------
+# --- what the backbone needs too --------------------------------------------------------------------------------
+
+
+def scaled_size(grid: Sequence[int], factors: Sequence[float] | None) -> tuple[int, ...]:
+    """round(r N), at least 1, of each axis; ``grid`` itself without factors."""
+    if factors is None:
+        return tuple(grid)
+    return tuple(max(1, round(n * r)) for n, r in zip(grid, factors, strict=True))
 
 
 def scaling_factors(factor: float | Sequence[float] | None, n_dim: int) -> list[float] | None:

@@ -160,35 +160,81 @@ def _embed(y: Tensor, dim: int, n: int) -> Tensor:
     return x
 
 
-def _fft_forward(x: Tensor, modes: tuple[int, ...], scaled: bool, gemm_rows: bool) -> Tensor:
-    norm = "forward" if scaled else "backward"
+# Above it glibc gives memory back at once, and each new buffer is paid for page by page.
+_LARGE_BUFFER = 32 * 2**20
+
+
+def _by_matrix(method: str, rows: int, n: int, k: int, dtype: torch.dtype, *, inverse: bool) -> bool:
+    """Whether ``rows`` lines of ``n`` points are transformed from or to ``k`` one-sided frequencies by a matrix.
+
+    Only the last axis sees the whole field. Per point a matrix product costs k, and an FFT log2 n + 1 times 0.8, and
+    30 more where the full spectrum, which it writes, is a large buffer; an inverse FFT also has to fill that spectrum
+    with zeros. So it was measured on CPUs with AVX-512 (float32, MKL, one and two threads), where a forward matrix
+    product has no gain on an FFT but the smaller result.
+    """
+    if method != "auto":
+        return method == "mixed"
+    large = rows * (n + 2) * dtype.itemsize > _LARGE_BUFFER
+    if inverse:
+        return k <= 1.3 * (math.log2(n) + 1) + 30 * large
+    return large and k <= 0.8 * (math.log2(n) + 1) + 30
+
+
+def _fft_forward(x: Tensor, modes: tuple[int, ...], adjoint: bool, method: str, major: bool) -> Tensor:
+    """The kept frequencies of ``x``, modes-major if ``major``; ``adjoint``: by the transpose of the inverse instead."""
+    norm = "backward" if adjoint else "forward"
+    weighted = adjoint and not x.is_complex()
+    n = x.shape[-1]
     if x.is_complex():
         y = _select(torch.fft.fft(x, norm=norm), -1, modes[-1])
-    elif gemm_rows:
-        rows = table("spectral_rows", x.shape[-1], modes[-1], 1, dtype=x.dtype, device=x.device)
-        y = torch.view_as_complex((x.reshape(-1, x.shape[-1]) @ rows).view(*x.shape[:-1], modes[-1], 2))
-        if not scaled:
-            y = y * x.shape[-1]
+    elif _by_matrix(method, x.numel() // n, n, modes[-1], x.dtype, inverse=False):
+        matrix = _row_matrix(n, modes[-1], adjoint, x)
+        y = torch.view_as_complex((x.reshape(-1, n) @ matrix).view(*x.shape[:-1], modes[-1], 2))
+        weighted = False  # c(f) is part of the matrix
     else:
         y = torch.fft.rfft(x, norm=norm).narrow(-1, 0, modes[-1])
     for dim in range(x.ndim - 2, 1, -1):
         y = _select(torch.fft.fft(y, dim=dim, norm=norm), dim, modes[dim - 2])
-    return y
+    if weighted:
+        y = y * _doubled(n, modes[-1], x)
+    if not major:
+        return y
+    return y.reshape(-1, math.prod(modes)).t().contiguous().view(-1, *x.shape[:2])
 
 
-def _fft_inverse(y: Tensor, size: tuple[int, ...], complex_data: bool, scaled: bool, gemm_rows: bool) -> Tensor:
-    norm = "backward" if scaled else "forward"
+def _fft_inverse(
+    y: Tensor,
+    modes: tuple[int, ...],
+    size: tuple[int, ...],
+    adjoint: bool,
+    method: str,
+    major: bool,
+    complex_data: bool,
+) -> Tensor:
+    """The field of the kept frequencies ``y``; ``adjoint``: by the transpose of the forward transform instead."""
+    norm = "backward" if adjoint else "forward"
+    if major:
+        y = y.reshape(y.shape[0], -1).t().contiguous().view(*y.shape[1:], *modes)
+    rows = math.prod((*y.shape[:2], *size[:-1]))
+    by_matrix = not complex_data and _by_matrix(method, rows, size[-1], modes[-1], y.real.dtype, inverse=True)
+    if adjoint and not complex_data and not by_matrix:
+        y = y / _doubled(size[-1], modes[-1], y)
     for dim in range(2, y.ndim - 1):
         y = torch.fft.ifft(_embed(y, dim, size[dim - 2]), dim=dim, norm=norm)
     if complex_data:
         return torch.fft.ifft(_embed(y, y.ndim - 1, size[-1]), norm=norm)
-    if not gemm_rows:
+    if not by_matrix:
         return torch.fft.irfft(y, n=size[-1], norm=norm)
-    if scaled:
-        y = y * (1 / size[-1])
     real = torch.view_as_real(y)
-    rows = table("spectral_rows_inverse", size[-1], y.shape[-1], 1, dtype=real.dtype, device=y.device)
-    return (real.reshape(-1, rows.shape[0]) @ rows).view(*y.shape[:-1], size[-1])
+    matrix = _row_matrix(size[-1], modes[-1], not adjoint, real).t()
+    return (real.reshape(rows, 2 * modes[-1]) @ matrix).view(*y.shape[:-1], size[-1])
+
+
+def _row_matrix(size: int, k: int, adjoint: bool, like: Tensor) -> Tensor:
+    """(size, 2 k): the forward transform of the last axis, or the transpose of the inverse one."""
+    if adjoint:
+        return table("spectral_rows_inverse", size, k, 1, dtype=like.dtype, device=like.device).t()
+    return table("spectral_rows", size, k, 1, dtype=like.dtype, device=like.device)
 
 
 def _doubled(size: int, k: int, like: Tensor) -> Tensor:
@@ -196,63 +242,54 @@ def _doubled(size: int, k: int, like: Tensor) -> Tensor:
     return table("spectral_doubling", size, k, dtype=like.real.dtype, device=like.device)
 
 
-# The two are each other's adjoint up to c(f); torch's own derivative of rfft goes through a full complex transform.
+# The two are each other's derivative; torch's own derivative of rfft goes through a full complex transform.
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(x, modes, scaled, gemm_rows):
-        return _fft_forward(x, modes, scaled, gemm_rows)
+    def forward(x, modes, adjoint, method, major):
+        return _fft_forward(x, modes, adjoint, method, major)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, ctx.scaled, ctx.gemm_rows = inputs
+        x, ctx.modes, ctx.adjoint, ctx.method, ctx.major = inputs
         ctx.size, ctx.complex_data = tuple(x.shape[2:]), x.is_complex()
 
     @staticmethod
     def backward(ctx, grad):
-        if not ctx.complex_data:
-            grad = grad / _doubled(ctx.size[-1], grad.shape[-1], grad)
-        return _Inverse.apply(grad, ctx.size, ctx.complex_data, ctx.scaled, ctx.gemm_rows), None, None, None
+        options = (not ctx.adjoint, ctx.method, ctx.major, ctx.complex_data)
+        return _apply(_Inverse, grad, ctx.modes, ctx.size, *options), None, None, None, None
 
 
 class _Inverse(torch.autograd.Function):
     @staticmethod
-    def forward(y, size, complex_data, scaled, gemm_rows):
-        return _fft_inverse(y, size, complex_data, scaled, gemm_rows)
+    def forward(y, modes, size, adjoint, method, major, complex_data):
+        return _fft_inverse(y, modes, size, adjoint, method, major, complex_data)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        y, _, _, ctx.scaled, ctx.gemm_rows = inputs
-        ctx.modes = tuple(y.shape[2:])
+        _, ctx.modes, _, ctx.adjoint, ctx.method, ctx.major, _ = inputs
 
     @staticmethod
     def backward(ctx, grad):
-        y = _Forward.apply(grad, ctx.modes, ctx.scaled, ctx.gemm_rows)
-        if not grad.is_complex():
-            y = y * _doubled(grad.shape[-1], ctx.modes[-1], grad)
-        return y, None, None, None, None
+        y = _apply(_Forward, grad, ctx.modes, not ctx.adjoint, ctx.method, ctx.major)
+        return y, None, None, None, None, None, None
 
 
-# --- the choice -------------------------------------------------------------------------------------------------
+def _apply(function: Any, x: Tensor, *options: Any) -> Tensor:
+    """``function`` with its derivative, or, where none is recorded, without: recording costs some 25 µs a call."""
+    recorded = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    return (function.apply if recorded else function.forward)(x, *options)
 
 
-# Above it glibc gives memory back at once, and each new buffer is paid for page by page.
-_LARGE_BUFFER = 32 * 2**20
+# --- what is shared by all ways ---------------------------------------------------------------------------------
 
 
-def choose_method(x: Tensor, n: int, k: int) -> str:
-    """ "fft" or "mixed" for fields like ``x`` whose last axis has ``n`` points and ``k`` kept one-sided frequencies.
-
-    Only that axis sees the whole field. A point of it costs, in units of 0.08 ns on the CPU where this was measured
-    (float32, MKL, AVX-512), k by a matrix product, which writes what is kept; by an FFT 0.8 (log2 n + 1), and about
-    30 more where the full spectrum, which it writes, is a large buffer. Other devices have "fft".
-    Under a compiler it is "dft": real arithmetic, for which it can generate code.
+def choose_method(x: Tensor) -> str:
+    """What "auto" means for ``x``: under a compiler "dft", real arithmetic, for which it can generate code; on the CPU
+    "auto" again, a choice for each transform by :func:`_by_matrix`; on other devices "fft".
     """
     if torch.compiler.is_compiling():
         return "dft"
-    if x.device.type != "cpu":
-        return "fft"
-    spectrum_bytes = x.numel() // x.shape[-1] * (x.shape[-1] + 2) * x.real.element_size()
-    return "mixed" if k <= 0.8 * (math.log2(n) + 1) + 30 * (spectrum_bytes > _LARGE_BUFFER) else "fft"
+    return "auto" if x.device.type == "cpu" else "fft"
 
 
 class _Transposed(torch.autograd.Function):
@@ -266,7 +303,7 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Transposed.apply(grad)
+        return _apply(_Transposed, grad)
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -275,25 +312,27 @@ def transposed(matrix: Tensor) -> Tensor:
     torch's own derivative is a view, which whatever comes next, such as the accumulation into a parameter's ``grad``,
     copies element by element; as a matrix it is transposed several times faster on a CPU.
     """
-    if torch.compiler.is_compiling():  # the compiler's own business
-        return matrix.t().contiguous()
-    return _Transposed.apply(matrix)
+    return _apply(_Transposed, matrix)
 
 
-def spectrum(x: Tensor, modes: tuple[int, ...], method: str) -> Tensor:
-    """The kept frequencies of ``x`` (B, C, N1, ..., Nd), norm "forward", complex (B, C, k1, ..., kd)."""
+def spectrum(x: Tensor, modes: tuple[int, ...], method: str, *, major: bool = False) -> Tensor:
+    """The kept frequencies of ``x``, norm "forward", complex (B, C, k1, ..., kd), or (K, B, C) if ``major``."""
     if method == "dft" or x.shape[0] == 0:
         return torch.complex(*_forward_dft(x, modes).unbind(2))
-    apply = _fft_forward if torch.compiler.is_compiling() else _Forward.apply
-    return apply(x, modes, True, method == "mixed" and not x.is_complex())
+    return _apply(_Forward, x, modes, False, method, major)
 
 
 def synthesis(y: Tensor, size: tuple[int, ...], method: str, complex_data: bool) -> Tensor:
     """The field (B, C, M1, ..., Md) whose kept frequencies are ``y`` (B, C, k1, ..., kd)."""
     if method == "dft" or y.shape[0] == 0:
         return _inverse_dft(torch.view_as_real(y).movedim(-1, 2), size, complex_data)
-    apply = _fft_inverse if torch.compiler.is_compiling() else _Inverse.apply
-    return apply(y, size, complex_data, False, method == "mixed" and not complex_data)
+    return _synthesis(y, tuple(y.shape[2:]), size, method, complex_data, major=False)
+
+
+def _synthesis(
+    y: Tensor, modes: tuple[int, ...], size: tuple[int, ...], method: str, complex_data: bool, *, major: bool
+) -> Tensor:
+    return _apply(_Inverse, y, modes, size, False, method, major, complex_data)
 
 
 def forward(x: Tensor, modes: tuple[int, ...], method: str) -> Tensor:
@@ -303,18 +342,17 @@ def forward(x: Tensor, modes: tuple[int, ...], method: str) -> Tensor:
     if method == "dft" or x.shape[0] == 0:
         planes = transposed(_forward_dft(x, modes).view(math.prod(batch), 2 * count))
         return planes.view(2, count, *batch).transpose(0, 1)
-    y = spectrum(x, modes, method)
     if torch.compiler.is_compiling():
-        return transposed(torch.view_as_real(y).reshape(-1, 2 * count)).view(count, 2, *batch)
-    return transposed(y.reshape(-1, count)).view(count, *batch)
+        y = torch.view_as_real(spectrum(x, modes, method))
+        return transposed(y.reshape(-1, 2 * count)).view(count, 2, *batch)
+    return spectrum(x, modes, method, major=True)
 
 
 def inverse(y: Tensor, modes: tuple[int, ...], size: tuple[int, ...], method: str, complex_data: bool) -> Tensor:
     """:func:`synthesis` of what :func:`forward` gives."""
-    batch, count = y.shape[-2:], y.shape[0]
     if y.is_complex():
-        y = transposed(y.reshape(count, math.prod(batch)))
-        return synthesis(y.view(*batch, *modes), size, method, complex_data)
+        return _synthesis(y, modes, size, method, complex_data, major=True)
+    batch, count = y.shape[-2:], y.shape[0]
     if method == "dft" or batch[0] == 0:
         planes = transposed(y.transpose(0, 1).reshape(2 * count, math.prod(batch)))
         return _inverse_dft(planes.view(*batch, 2, *modes), size, complex_data)

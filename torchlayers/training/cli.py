@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .compose import compose, describe, parse, resume_config, to_yaml
-from .context import execute
+from .context import execute, restarted
 from .errors import ConfigError, Interrupted, TrainingError
 from .log import logger
 from .runtime import is_lost_rank
@@ -85,7 +85,9 @@ def _dispatch(parser: argparse.ArgumentParser, options: argparse.Namespace, conf
         return run_sweep(named_sweep(overrides, config_dir), config_dir)
     if options.multirun:
         return run_sweep(ad_hoc_sweep(overrides), config_dir)
-    resumed = chosen.get("resume") is not None
+    if chosen.get("resume") is None and chosen.get("run_dir") is not None and restarted(Path(chosen["run_dir"])):
+        overrides = parse([f"resume={chosen['run_dir']}"])
+    resumed = any(o.key == "resume" and o.value is not None for o in overrides)
     config = resume_config(overrides) if resumed else compose(overrides, config_dir)
     if options.cfg:
         sys.stdout.write(to_yaml(config))

@@ -154,6 +154,20 @@ def _open_folder(config: Config, runtime: Runtime) -> Path:
     return folder
 
 
+def restarted(folder: Path) -> bool:
+    """Whether torchrun has started this process anew after a failure, and the run in ``folder`` is what it was at."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch is None or not (folder / "config.yaml").is_file():
+        return False
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return True
+    try:  # an agent that lost another one starts its processes anew without counting it
+        last = json.loads((folder / "versions.json").read_text())["starts"][-1]
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
+    return launch != "none" and last.get("launch") == launch
+
+
 def _note_start(folder: Path, runtime: Runtime) -> None:
     """Add to ``versions.json`` what this start runs with; there is one entry for each start of the run."""
     path = folder / "versions.json"
@@ -162,6 +176,7 @@ def _note_start(folder: Path, runtime: Runtime) -> None:
     except (ValueError, KeyError):
         starts = []
     now: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": shlex.join(sys.argv)}
+    now["launch"] = os.environ.get("TORCHELASTIC_RUN_ID")
     now |= {"world": runtime.world, "device": runtime.device.type, "threads": torch.get_num_threads(), **versions()}
     with replacing(path) as partial:
         write_json(partial, {"starts": [*starts, {**now, "process": os.getpid()}]}, indent=1)

@@ -267,6 +267,7 @@ class Loop:
         for prefix in ("model.", "average."):
             check_fits(folder, tensors, prefix)
         load_tensors(folder, tensors)
+        _tell(self.parallel.module)
         load_optimizer(folder, self.optimizer, self.names, "optimizer.")
         self.step, self.best = step, state["best"]
         if state["world"] == self.runtime.world:
@@ -432,3 +433,12 @@ def _load_checkpoint(model: nn.Module, folder: Path, checkpoint: str | int) -> N
     }
     check_fits(path, {f"model.{n}": t for n, t in state_tensors(model).items()}, "model.")
     load_tensors(path, tensors)
+    _tell(model)
+
+
+def _tell(model: nn.Module) -> None:
+    """Tell the modules that keep something of their state elsewhere too that it was written in place."""
+    for module in model.modules():
+        written = getattr(module, "state_written", None)
+        if callable(written):
+            written()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Config
 from .errors import ConfigError, TrainingError
@@ -108,10 +108,19 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
     store = _store(timeout) if distributed else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "sp", "mp"))
-        yield Runtime(rank, world, device, mesh)
+        yield Runtime(rank, world, device, _mesh(device, shape, timeout))
     finally:
         dist.destroy_process_group()
+
+
+def _mesh(device: torch.device, shape: tuple[int, ...], timeout: timedelta) -> DeviceMesh:
+    """The mesh, from groups made here: those that ``init_device_mesh`` makes wait for torch's default time-out."""
+    ranks = torch.arange(dist.get_world_size()).view(shape)
+    groups = []
+    for dim, size in enumerate(shape):
+        members = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+        groups.append(dist.new_subgroups_by_enumeration(members, timeout=timeout)[0])
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("dp", "sp", "mp"))
 
 
 _rendezvous: list[dist.Store] = []
