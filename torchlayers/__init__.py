@@ -25,6 +25,7 @@ from ._backend import BackendError, backend, last_dispatch  # noqa: E402
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import maestro as maestro
     from . import ring_attention as ring_attention
     from . import tensor_attention as tensor_attention
     from . import testing as testing
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from . import training as training
     from ._surgery import convert as convert
     from .factorized import FactorizedTensor as FactorizedTensor
+    from .maestro import LowRankConv1d as LowRankConv1d
+    from .maestro import LowRankConv2d as LowRankConv2d
+    from .maestro import LowRankConv3d as LowRankConv3d
+    from .maestro import LowRankEmbedding as LowRankEmbedding
+    from .maestro import LowRankLinear as LowRankLinear
+    from .maestro import LowRankMultiheadAttention as LowRankMultiheadAttention
     from .ring_attention import LoopbackWorld as LoopbackWorld
     from .ring_attention import RingMultiheadAttention as RingMultiheadAttention
     from .ring_attention import SequenceLayout as SequenceLayout
@@ -57,6 +64,12 @@ _LAZY = {
     "H1Loss": "tfno",
     "JointSpectralWeights": "tfno",
     "LoopbackWorld": "ring_attention",
+    "LowRankConv1d": "maestro",
+    "LowRankConv2d": "maestro",
+    "LowRankConv3d": "maestro",
+    "LowRankEmbedding": "maestro",
+    "LowRankLinear": "maestro",
+    "LowRankMultiheadAttention": "maestro",
     "LpLoss": "tfno",
     "MultiGridParallel": "tfno",
     "MultiGridPatching": "tfno",
@@ -77,6 +90,7 @@ _SUBMODULES = (
     "factorized",
     "functional",
     "kernels",
+    "maestro",
     "ring_attention",
     "tensor_attention",
     "testing",
@@ -92,6 +106,12 @@ __all__ = [
     "H1Loss",
     "JointSpectralWeights",
     "LoopbackWorld",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "LowRankMultiheadAttention",
     "LpLoss",
     "MultiGridParallel",
     "MultiGridPatching",

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .maestro import low_rank_linear as low_rank_linear
     from .ring_attention import linformer_attention as linformer_attention
     from .ring_attention import merge_attention as merge_attention
     from .ring_attention import ring_attention as ring_attention
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Public name -> the family it comes from; the imports above say the same to editors and type checkers.
 _LAZY = {
     "linformer_attention": "ring_attention",
+    "low_rank_linear": "maestro",
     "merge_attention": "ring_attention",
     "nth_order_attention": "tensor_attention",
     "polynomial_nth_order_attention": "tensor_attention",
@@ -43,6 +45,7 @@ _LAZY = {
 
 __all__ = [
     "linformer_attention",
+    "low_rank_linear",
     "merge_attention",
     "nth_order_attention",
     "polynomial_nth_order_attention",

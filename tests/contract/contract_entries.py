@@ -13,6 +13,14 @@ import torch
 from contract_checks import NAMES_FILE, Entry
 
 from torchlayers.factorized import ComplexParameters
+from torchlayers.maestro import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankEmbedding,
+    LowRankLinear,
+    LowRankMultiheadAttention,
+)
 from torchlayers.ring_attention import RingMultiheadAttention
 from torchlayers.tensor_attention import RingTensorAttention, TensorAttention, TensorTransformerBlock
 from torchlayers.tfno import (
@@ -231,6 +239,60 @@ def _ring_attention(name: str, slow=(), **options) -> Entry:
     )
 
 
+def _low_rank_conv(cls, grid, **options) -> Entry:
+    return Entry(
+        name=cls.__name__,
+        module=cls,
+        factory=lambda **keywords: cls(4, 6, 3, padding=1, max_rank=2, **options, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 4, *grid, dtype=dtype),),
+        shows=("4, 6", "rank=2"),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]]),
+            "x#dimensions": lambda m: m(torch.randn(4, *grid, *(3,) * 3)),
+            "x#channels": lambda m: m(torch.randn(2, 5, *grid)),
+            "x#dtype": lambda m: m(torch.ones(2, 4, *grid, dtype=torch.int64)),
+            "rank": lambda m: m(torch.randn(2, 4, *grid), rank=3),
+        },
+        bad_constructions={
+            "in_channels": lambda: cls(0, 4, 3),
+            "out_channels": lambda: cls(4, 2.5, 3),
+            "kernel_size": lambda: cls(4, 4, 0),
+            "padding": lambda: cls(4, 4, 3, padding="sane"),
+            "padding_mode": lambda: cls(4, 4, 3, padding_mode="mirror"),
+            "groups": lambda: cls(4, 4, 3, groups=3),
+            "max_rank": lambda: cls(4, 4, 3, max_rank=5),
+            "dtype": lambda: cls(4, 4, 3, dtype=torch.complex64),
+        },
+        not_applicable=NO_LEADING,
+        second_order=True,
+    )
+
+
+def _low_rank_attention(name: str, slow=(), **options) -> Entry:
+    widths = (12, options.get("kdim", 12), options.get("vdim", 12))
+    return Entry(
+        name=f"LowRankMultiheadAttention[{name}]",
+        module=LowRankMultiheadAttention,
+        factory=lambda **keywords: LowRankMultiheadAttention(12, 2, batch_first=True, **options, **keywords),
+        make_input=lambda batch, dtype: tuple(torch.randn(batch, 7, n, dtype=dtype) for n in widths),
+        bad_calls={
+            "query#no tensor": lambda m: m([[1.0]]),
+            "query#dimensions": lambda m: m(torch.randn(2, 3, 4, 12)),
+            "query#channels": lambda m: m(torch.randn(2, 3, 11)),
+        },
+        bad_constructions={
+            "embed_dim": lambda: LowRankMultiheadAttention(0, 1),
+            "num_heads": lambda: LowRankMultiheadAttention(12, 5),
+            "dropout": lambda: LowRankMultiheadAttention(12, 2, dropout=1.0),
+            "kdim": lambda: LowRankMultiheadAttention(12, 2, kdim=-1),
+            "max_rank": lambda: LowRankMultiheadAttention(12, 2, max_rank=0),
+            "backend": lambda: LowRankMultiheadAttention(12, 2, backend="cuda"),
+        },
+        not_applicable=NO_LEADING,
+        slow=slow,
+    )
+
+
 ENTRIES: list[Entry] = [
     _spectral_conv("dense"),
     _spectral_conv("cp", factorization="cp", rank=0.5, slow=COMPILERS),
@@ -294,6 +356,54 @@ ENTRIES: list[Entry] = [
     _tensor_attention("trilinear", is_causal=True, window1=4, window2=3, num_kv_heads=1),
     _tensor_attention("determinant", form="determinant", rotary=True, kv2_bias=True, slow=COMPILERS),
     _tensor_attention("polynomial", approx="polynomial", degree=2),
+    Entry(
+        name="LowRankLinear",
+        module=LowRankLinear,
+        factory=lambda **keywords: LowRankLinear(7, 5, max_rank=4, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 7, dtype=dtype),),
+        shows=("in_features=7, out_features=5", "rank=4"),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]]),
+            "x#channels": lambda m: m(torch.randn(2, 6)),
+            "x#dtype": lambda m: m(torch.ones(2, 7, dtype=torch.int64)),
+            "rank#range": lambda m: m(torch.randn(2, 7), rank=5),
+            "rank#type": lambda m: m(torch.randn(2, 7), rank=2.0),
+        },
+        bad_constructions={
+            "in_features": lambda: LowRankLinear(0, 4),
+            "out_features": lambda: LowRankLinear(4, 2.5),
+            "max_rank": lambda: LowRankLinear(4, 6, max_rank=5),
+            "dtype": lambda: LowRankLinear(4, 4, dtype=torch.complex64),
+            "backend": lambda: LowRankLinear(4, 4, backend="cuda"),
+        },
+        second_order=True,
+    ),
+    _low_rank_conv(LowRankConv1d, (6,)),
+    _low_rank_conv(LowRankConv2d, (5, 4), groups=2),
+    _low_rank_conv(LowRankConv3d, (4, 3, 3)),
+    Entry(
+        name="LowRankEmbedding",
+        module=LowRankEmbedding,
+        factory=lambda **keywords: LowRankEmbedding(9, 6, max_rank=4, **keywords),
+        make_input=lambda batch, dtype: (torch.randint(9, (batch, 3)),),
+        shows=("9, 6", "rank=4"),
+        bad_calls={
+            "index#no tensor": lambda m: m([1]),
+            "index#dtype": lambda m: m(torch.ones(2)),
+            "rank": lambda m: m(torch.ones(2, dtype=torch.int64), rank=5),
+        },
+        bad_constructions={
+            "num_embeddings": lambda: LowRankEmbedding(0, 4),
+            "embedding_dim": lambda: LowRankEmbedding(4, 2.5),
+            "padding_idx": lambda: LowRankEmbedding(4, 4, padding_idx=4),
+            "max_norm": lambda: LowRankEmbedding(4, 4, max_norm=1.0),
+            "sparse": lambda: LowRankEmbedding(4, 4, sparse=True),
+            "max_rank": lambda: LowRankEmbedding(4, 6, max_rank=5),
+        },
+        second_order=True,
+    ),
+    _low_rank_attention("whole", add_zero_attn=True, bias=False, slow=COMPILERS),
+    _low_rank_attention("cross", kdim=5, vdim=6, add_bias_kv=True, max_rank=4),
     Entry(
         name="RingTensorAttention",
         module=RingTensorAttention,

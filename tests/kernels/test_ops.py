@@ -94,6 +94,40 @@ def _attention_tensors(dtype=torch.float32, requires_grad=True, transposed=False
         yield x.requires_grad_(requires_grad)
 
 
+def _low_rank(*sizes, dtype=torch.float32, requires_grad=True):
+    return [torch.randn(size, dtype=dtype, requires_grad=requires_grad) for size in sizes]
+
+
+def _low_rank_samples():
+    sizes = (5, 4), (6, 4), (3, 6), (3,)
+    yield *_low_rank(*sizes), 4, None, 1, True
+    yield *_low_rank(*sizes[:3]), None, 0, None, 1, True
+    transposed = [t.T.requires_grad_() for t in _low_rank((4, 5), (4, 6), (6, 3), requires_grad=False)]
+    yield *transposed, *_low_rank((3,)), 5, torch.tensor([5, 0, 2], dtype=torch.int32), 2, True
+    yield *_low_rank(*sizes, dtype=torch.bfloat16, requires_grad=False), 6, None, 1, False
+    yield *_low_rank((0, 4), *sizes[1:]), 4, None, 1, True
+
+
+def _low_rank_graph_samples(backward=False):
+    """The operations of graphs that serve every rank, which is an int (-1: all) or a tensor of one."""
+    for rank, tensor in ((4, None), (0, None), (-1, None), (-1, torch.tensor(2))):
+        if backward:
+            tensors = _low_rank((2, 5, 3), (2, 5, 4), (6, 4), (3, 6), requires_grad=False)
+            yield *tensors, rank, tensor, None, [True, False, rank != 4]
+        else:
+            yield *_low_rank((2, 5, 4), (6, 4), (3, 6), (3,)), rank, tensor, None
+
+
+def _low_rank_conv_samples(backward=False):
+    for rank, tensor in ((4, None), (0, None), (-1, torch.tensor(2))):
+        geometry = rank, tensor, [3], [2], [1], [1], 2
+        if backward:
+            tensors = _low_rank((2, 4, 4), (2, 2, 7), (6, 6), (4, 6), requires_grad=False)
+            yield *tensors, *geometry, [True, True, rank != 4]
+        else:
+            yield *_low_rank((2, 2, 7), (6, 6), (4, 6), (4,)), *geometry
+
+
 _PLAIN = (None, None, None, 0.4, 0.0, [-1, -1], [-1, -1], False, "trilinear", 0, 0, 0)
 
 
@@ -164,6 +198,11 @@ SAMPLES = {
     "all_to_all_sequence": lambda: _exchange_samples([4, 4], _ZIGZAG, "", 0),
     "gather_sequence": lambda: _sequence_samples(False),
     "reduce_scatter_sequence": _sequence_samples,
+    "low_rank_conv": _low_rank_conv_samples,
+    "low_rank_conv_gradients": lambda: _low_rank_conv_samples(backward=True),
+    "low_rank_linear": _low_rank_graph_samples,
+    "low_rank_linear_forward": _low_rank_samples,
+    "low_rank_linear_gradients": lambda: _low_rank_graph_samples(backward=True),
     "ring_attention_forward": _ring_samples,
     "ring_attention_backward": lambda: _ring_samples(backward=True),
     "ring_self_attention": _whole_row_samples,
@@ -201,6 +240,7 @@ def test_opcheck():
     # every rank in one graph.
     importlib.import_module("torchlayers.tensor_attention")
     importlib.import_module("torchlayers.ring_attention")
+    importlib.import_module("torchlayers.maestro")
     results = opcheck_all(SAMPLES)
     assert {"tdft2_forward", "tdft2_inverse", "spectral_mix", "table"} <= results.keys()
 
