@@ -162,6 +162,16 @@ def test_tied_factors_and_shared_modules_stay_so():
     assert count(budget, x).params == count(cut, x).params
 
 
+def test_tied_projections_are_counted_once_and_stay_tied():
+    model, x = factorize(nn.MultiheadAttention(8, 2, batch_first=True).double()), torch.randn(2, 3, 8, dtype=DOUBLE)
+    assert isinstance(extract(model), nn.MultiheadAttention)
+    model.k_proj.weight_in, model.k_proj.weight_out = model.q_proj.weight_in, model.q_proj.weight_out
+    budget = 3 * 8 * 8 + 4 * 8
+    cut = extract(model, budget_params=budget)
+    assert cut.k_proj.weight is cut.q_proj.weight and count(cut, (x, x, x)).params == budget
+    assert_close_rel(cut(x, x, x)[0], model(x, x, x)[0], rtol=1e-12)
+
+
 # Transformers
 
 
@@ -242,6 +252,7 @@ def test_bad_arguments():
         ({"ranks": {"0": 7}}, r"ranks\['0'\] must be at most 6"),
         ({"ranks": {"00": 2}}, "'00'; did you mean '0'"),
         ({"ranks": -1}, "ranks must be at least 0"),
+        ({"ranks": 7}, "ranks must be at most 6, the largest of a layer"),
         ({"ranks": 1.5}, r"ranks must be a fraction in \(0, 1\]"),
         ({"threshold": math.nan}, "threshold must be finite"),
         ({"threshold": math.inf}, "threshold must be finite"),
@@ -310,6 +321,8 @@ def test_frontier(tmp_path):
     assert not torch.equal(seen[0][1].running_mean, model[1].running_mean)
     with pytest.raises(ValueError, match="fractions must be in"):
         frontier(model, x, (1.5,))
+    with pytest.raises(TypeError, match="fractions must be a sequence"):
+        frontier(model, x, 0.5)
 
 
 def test_gauge_aligned_holds_inner_values_as_outputs():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import torchlayers
 from torchlayers.maestro import (
@@ -198,6 +199,12 @@ def test_what_cannot_be_factorised():
         factorize(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)))
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         factorize("model")
+    pruned = nn.Sequential(nn.Linear(4, 4), prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5))
+    with pytest.raises(ValueError, match=r"parametrised weight in 1 \(Linear\)"):
+        factorize(pruned)
+    weight = pruned[1].weight
+    factorize(pruned, skip="1", inplace=True)
+    assert isinstance(pruned[0], LowRankLinear) and pruned[1].weight is weight
     seen = []
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 4), type("Own", (nn.Linear,), {})(4, 4))
     factorize(model, report=seen.append)

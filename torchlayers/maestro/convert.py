@@ -149,7 +149,9 @@ def factorize(
     def wanted(module: nn.Module, name: str) -> bool:
         return not _fits(name, skip_names) and (not only_names or _fits(name, only_names))
 
-    model = model if inplace else copy.deepcopy(model)
+    if not inplace:
+        _check_can_copy(named)
+        model = copy.deepcopy(model)
     before = _count(model)
     with _untied(model, config, wanted) as tie_again:
         result = convert(model, config, filter_fn=wanted)
@@ -236,6 +238,17 @@ def call_parts(model: nn.Module) -> None:
             not getattr(layer, "activation_relu_or_gelu", 1) for layer in encoder.layers
         ):
             encoder.use_nested_tensor = False
+
+
+def _check_can_copy(named: Iterable[tuple[str, nn.Module]]) -> None:
+    """No weight is computed from others by a hook, as ``torch.nn.utils.weight_norm`` and pruning do."""
+    for name, module in named:
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ValueError(
+                    f"model must have plain weights to be copied, got a parametrised {key} in {name or 'the model'} "
+                    f"({type(module).__name__}): remove the parametrization first, or skip it with inplace=True"
+                )
 
 
 def _count(model: nn.Module) -> int:

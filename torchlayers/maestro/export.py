@@ -95,8 +95,8 @@ def extract(
 
     Args:
         model: has low-rank layers; left as it is.
-        ranks: name -> rank, layers that are not named keeping theirs; or an int for all, where lower than theirs; or a
-            fraction p of each layer's rank r, ⌈p r⌉.
+        ranks: name -> rank, layers that are not named keeping theirs; or an int for all, at most the largest, where
+            lower than theirs; or a fraction p of each layer's rank r, ⌈p r⌉.
         budget_params: the most parameters that the result may have.
         budget_macs: the most multiplications that a call on ``input`` may take, as :func:`count` has them.
         budget_latency_ms: the longest that a call on ``input`` may take here, by the median of several, in
@@ -116,8 +116,8 @@ def extract(
     Returns:
         a new model with the device, dtype and mode of the old one. What was low-rank is made of ``torch.nn`` modules;
         around them stand two of our own where ``torch.nn`` has none: :class:`SplitMultiheadAttention`, unless all four
-        projections are dense and it is ``nn.MultiheadAttention``, and :class:`GaugeAligned`, which only "gar" asks for.
-        A layer of rank 0 keeps one term of zeros. Tied factors stay tied.
+        projections are dense, none of them tied, and it is ``nn.MultiheadAttention``, and :class:`GaugeAligned`, which
+        only "gar" asks for. A layer of rank 0 keeps one term of zeros. Tied factors stay tied.
 
     Raises:
         ValueError: several ways to choose at once; no low-rank layer, or a name that is none; ranks out of range; a
@@ -229,6 +229,8 @@ def frontier(
         ValueError, TypeError: as :func:`extract`; a fraction outside (0, 1]; outputs that are no tensors, without
             ``evaluate``.
     """
+    if not isinstance(fractions, Iterable):
+        raise TypeError(f"fractions must be a sequence of numbers, got {fractions!r} ({type(fractions).__name__})")
     fractions = [float(check_finite("fractions", f)) for f in fractions]
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise ValueError(f"fractions must be in (0, 1], and at least one, got {fractions}")
@@ -338,8 +340,12 @@ class _Plan:
             return {name: int(ranks.get(name, layer.rank)) for name, layer in self.layers.items()}
         if isinstance(ranks, float) and not 0 < ranks <= 1:
             raise ValueError(f"ranks must be a fraction in (0, 1] where it is a float, got {ranks}")
-        if not isinstance(ranks, float) and check_int("ranks", ranks, minimum=0) == 0:
-            return dict.fromkeys(self.layers, 0)
+        if not isinstance(ranks, float):
+            top = max(layer.rank for layer in self.layers.values())
+            if check_int("ranks", ranks, minimum=0) > top:
+                raise ValueError(f"ranks must be at most {top}, the largest of a layer, got {ranks}")
+            if ranks == 0:
+                return dict.fromkeys(self.layers, 0)
         return {name: capped_rank(ranks, layer.rank) if layer.rank else 0 for name, layer in self.layers.items()}
 
     # Costs of a profile of ranks
@@ -476,6 +482,7 @@ class _Plan:
         model = copy.deepcopy(self.model)
         plain: dict[nn.Module, nn.Module] = {}
         first: dict[int, nn.Module] = {}
+        tied: set[nn.Module] = set()
         layers = low_rank_layers(model)
         for unit in self.units:
             rank = self._rank_of(unit, ranks)
@@ -485,12 +492,13 @@ class _Plan:
                 plain[layer] = _plain(layer, min(rank, layer.rank), unit.form(rank, self.merge))
                 if key in first:
                     _tie_weights(first[key], plain[layer])
+                    tied |= {first[key], plain[layer]}
                 first.setdefault(key, plain[layer])
         for attention in [m for m in model.modules() if isinstance(m, LowRankMultiheadAttention)]:
             parts = [
                 plain.get(p, p) for p in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
             ]
-            plain[attention] = _plain_attention(attention, parts)
+            plain[attention] = _plain_attention(attention, parts, packed=tied.isdisjoint(parts))
         if model in plain:
             return plain[model]
         for parent in list(model.modules()):
@@ -630,8 +638,9 @@ def _tie_weights(first: nn.Module, other: nn.Module) -> None:
             modules[name].weight = module.weight
 
 
-def _plain_attention(attention: LowRankMultiheadAttention, parts: list[nn.Module]) -> nn.Module:
-    if all(isinstance(part, nn.Linear) for part in parts):
+def _plain_attention(attention: LowRankMultiheadAttention, parts: list[nn.Module], *, packed: bool) -> nn.Module:
+    """``packed``: the projections may become one weight, which a tied one can't be part of."""
+    if packed and all(isinstance(part, nn.Linear) for part in parts):
         return packed_attention(attention, *parts)  # type: ignore[arg-type]
     a = attention
     split = SplitMultiheadAttention(
