@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._checks import check_dtype, check_int, check_ints, check_ndim, check_same_device, check_size
 
@@ -28,6 +29,7 @@ __all__ = [
     "mha_output",
     "no_autocast",
     "normalize_window",
+    "padding_as_bool",
     "philox",
     "philox_keep",
     "seed_tensor",
@@ -288,6 +290,21 @@ def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tup
 
 
 # Arguments as torch.nn.MultiheadAttention has them
+
+
+def padding_as_bool(mask: Tensor | None) -> Tensor | None:
+    """A floating padding mask, as :class:`torch.nn.TransformerEncoderLayer` passes on, as bool with True = ignore."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return mask
+    ignored = mask == float("-inf")
+    fits = (ignored | (mask == 0)).all()
+    message = "key_padding_mask must be bool, True = ignore, or floating with 0 and -inf alone"
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        torch._assert_async(fits, message)  # does not wait for a GPU
+    elif not fits:
+        other = mask[~ignored & (mask != 0)][0].item()
+        raise ValueError(f"{message}, got {other:g}")
+    return ignored
 
 
 def mha_inputs(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._attention import allowed, check_dropout, mha_inputs, mha_output, normalize_window
+from .._attention import allowed, check_dropout, mha_inputs, mha_output, normalize_window, padding_as_bool
 from .._checks import check_choice, check_int
 from .._placement import check_layout, placement, sequence_group
 from .._ring import refuse
@@ -232,7 +232,7 @@ class RingMultiheadAttention(nn.MultiheadAttention):
                 kdim=self.kdim,
                 vdim=self.vdim,
                 batch_first=self.batch_first,
-                key_padding_mask=_as_bool(key_padding_mask),
+                key_padding_mask=padding_as_bool(key_padding_mask),
                 need_weights=need_weights,
                 attn_mask=None if is_causal else attn_mask,
             )
@@ -313,14 +313,3 @@ class RingMultiheadAttention(nn.MultiheadAttention):
         if self.schedule != "ring":
             text += f", schedule={self.schedule!r}"
         return text
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    """A padding mask in nn.MultiheadAttention's floating form as bool, True = ignore."""
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        ignored = mask == float("-inf")
-        # Under compilation this would be a guard on data; nn.TransformerEncoderLayer makes such masks of bool ones.
-        if not torch.compiler.is_compiling() and not (ignored | (mask == 0)).all():
-            raise ValueError("key_padding_mask must be bool, or floating with entries 0 and -inf, got other entries")
-        return ignored
-    return mask

@@ -748,18 +748,12 @@ class RingTensorAttention(TensorAttention):
             )
         except (TypeError, ValueError) as error:
             refuse(error, name, None)
-        start: Any = 0
+        start: int | Tensor = 0
         if self.rotary:  # what is added to a token's index to give its position
             positions = own.positions(place(name)[0], query.device)
             start = positions - torch.arange(positions.shape[0], device=query.device)
-        q = self._heads(self.q_proj(query), self.q_gain, start)
-        k1 = self._heads(self.k1_proj(key), self.k1_gain, start)
-        k2 = self._heads(self.k2_proj(key), self.k2_gain, start, 1 / self.head_dim if self.kv2_bias else 0.0)
-        v1, v2 = (p(value).unflatten(-1, (self.num_kv_heads, self.head_dim)) for p in (self.v1_proj, self.v2_proj))
-        if self.kv2_bias:
-            v2 = v2 + 1.0
         out = ring_tensor_attention(
-            *(x.transpose(1, 2) for x in (q, k1, k2, v1, v2)),
+            *self._project(query, key, value, start),
             layout=own,
             group=name,
             is_causal=self.is_causal or bool(is_causal),

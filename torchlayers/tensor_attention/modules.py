@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._attention import Window, check_dropout, mha_inputs, mha_output, normalize_window
+from .._attention import Window, check_dropout, mha_inputs, mha_output, normalize_window, padding_as_bool
 from .._backend import BACKENDS
 from .._checks import check_choice, check_int, check_ndim, check_size
 from .functional import FORMS, tensor_attention
@@ -303,20 +302,13 @@ class TensorAttention(nn.Module):
             kdim=self.kdim,
             vdim=self.vdim,
             batch_first=self.batch_first,
-            key_padding_mask=_as_bool(key_padding_mask),
+            key_padding_mask=padding_as_bool(key_padding_mask),
             need_weights=need_weights,
             attn_mask=None if is_causal else attn_mask,
         )
         causal = self.is_causal or bool(is_causal)
         start = 0 if cache is None else cache.position
-        q = self._heads(self.q_proj(query), self.q_gain, start)
-        k1 = self._heads(self.k1_proj(key), self.k1_gain, start)
-        k2 = self._heads(self.k2_proj(key), self.k2_gain, start, 1 / self.head_dim if self.kv2_bias else 0.0)
-        v1, v2 = (p(value).unflatten(-1, (self.num_kv_heads, self.head_dim)) for p in (self.v1_proj, self.v2_proj))
-        if self.kv2_bias:
-            v2 = v2 + 1.0
-        # The layout of scaled_dot_product_attention, as views.
-        q, k1, k2, v1, v2 = (x.transpose(1, 2) for x in (q, k1, k2, v1, v2))
+        q, k1, k2, v1, v2 = self._project(query, key, value, start)
         if cache is not None:
             if not causal:
                 raise ValueError("cache must be None unless attention is causal, got one with is_causal=False")
@@ -327,6 +319,19 @@ class TensorAttention(nn.Module):
             out = self._attend(q, k1, k2, v1, v2, keep, keep, is_causal=causal)
         output = self.out_proj(out.transpose(1, 2).flatten(-2))
         return mha_output(output, ndim=ndim, batch_first=self.batch_first), None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, start: int | Tensor) -> tuple[Tensor, ...]:
+        """q (N, Hq, L, d), k1, k2, v1, v2 (N, Hkv, S, d), as views: the layout of scaled_dot_product_attention.
+
+        ``start`` is what a token's index lacks to its position: an int, or one a token.
+        """
+        q = self._heads(self.q_proj(query), self.q_gain, start)
+        k1 = self._heads(self.k1_proj(key), self.k1_gain, start)
+        k2 = self._heads(self.k2_proj(key), self.k2_gain, start, 1 / self.head_dim if self.kv2_bias else 0.0)
+        v1, v2 = (p(value).unflatten(-1, (self.num_kv_heads, self.head_dim)) for p in (self.v1_proj, self.v2_proj))
+        if self.kv2_bias:
+            v2 = v2 + 1.0
+        return tuple(x.transpose(1, 2) for x in (q, k1, k2, v1, v2))
 
     def _attend(
         self,
@@ -359,7 +364,7 @@ class TensorAttention(nn.Module):
             q, k1, k2, v1, v2, form=self.form, dropout_p=dropout_p, backend=self.backend, **options
         )
 
-    def _heads(self, x: Tensor, gain: Tensor | None, start: int, shift: float = 0.0) -> Tensor:
+    def _heads(self, x: Tensor, gain: Tensor | None, start: int | Tensor, shift: float = 0.0) -> Tensor:
         """(N, L, H d) to (N, L, H, d): normalised, times the gain, shifted and rotated."""
         x = x.unflatten(-1, (-1, self.head_dim))
         dtype = x.dtype
@@ -702,7 +707,7 @@ def normalized(x: Tensor, gain: Tensor) -> Tensor:
     return x * ((mean + _EPS) ** (-1 / 3) * gain[:, None].to(x.dtype))
 
 
-def rotated(x: Tensor, start: int, base: float) -> Tensor:
+def rotated(x: Tensor, start: int | Tensor, base: float) -> Tensor:
     """``x`` (N, L, H, 3 T): the first two channels of chunk t turned by the angle (start + l) · base^(-t / T).
 
     One axis for each chunk and turns about it that add up: det[R^i q, R^j k1, R^k k2] depends on j - i and k - i alone.
@@ -717,21 +722,6 @@ def rotated(x: Tensor, start: int, base: float) -> Tensor:
     cos, sin = angle.cos().to(work), angle.sin().to(work)
     a, b, c = chunks.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos, c.to(work)], -1).flatten(-2)
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    """A floating padding mask, as :class:`torch.nn.TransformerEncoderLayer` passes on, as bool with True = ignore."""
-    if not isinstance(mask, Tensor) or not mask.is_floating_point():
-        return mask
-    ignored = mask == float("-inf")
-    fits = (ignored | (mask == 0)).all()
-    message = "key_padding_mask must be bool, True = ignore, or floating with 0 and -inf alone"
-    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        torch._assert_async(fits, message)  # does not wait for a GPU
-    elif not fits:
-        other = mask[~ignored & (mask != 0)][0].item()
-        raise ValueError(f"{message}, got {other:g}")
-    return ignored
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._attention import no_autocast
 from .._backend import use_triton
 from .._checks import check_choice, check_dtype, check_ints, check_same_device, check_size
 from .._tables import table
@@ -26,11 +27,6 @@ ACTIVATIONS = ("gelu", "relu")
 def _widened(x: Tensor) -> Tensor:
     """Half precisions to float32, in which spectral arithmetic is done."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Spectral arithmetic is done in the dtype of its operands; the meta device has no autocast to switch off."""
-    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def _method(method: str, x: Tensor) -> str:
@@ -74,7 +70,7 @@ def truncated_rfftn(x: Tensor, n_modes: Sequence[int], *, method: str = "auto") 
     batch, grid = x.shape[:-d], tuple(x.shape[-d:])
     full = modes if x.is_complex() else (*modes[:-1], modes[-1] // 2 + 1)
     kept = kept_modes(modes, full, grid, grid, x.is_complex())
-    with _no_autocast(x):
+    with no_autocast(x):
         method = _method(method, x)
         y = transforms.spectrum(x.reshape(math.prod(batch), 1, *grid), kept, method)
     return y.reshape(*batch, *kept)
@@ -111,7 +107,7 @@ def truncated_irfftn(Y: Tensor, size: Sequence[int], *, complex_data: bool = Fal
     for axis, (k, m) in enumerate(zip(kept, modes, strict=True), Y.ndim - d):
         one_sided = not complex_data and axis == Y.ndim - 1
         Y = Y.narrow(axis, 0 if one_sided else m // 2 - k // 2, k)
-    with _no_autocast(Y):
+    with no_autocast(Y):
         method = _method(method, Y)
         y = transforms.synthesis(Y.reshape(math.prod(batch), 1, *kept).resolve_conj(), size, method, complex_data)
     return y.reshape(*batch, *size)
@@ -133,7 +129,7 @@ def spectral_resample(x: Tensor, size: Sequence[int]) -> Tensor:
     size = check_ints("size", size)
     _check_grid("x", x, len(size))
     y = _widened(x)
-    with _no_autocast(x):
+    with no_autocast(x):
         for axis, (n, m) in enumerate(zip(x.shape[-len(size) :], size, strict=True), x.ndim - len(size)):
             if n != m:
                 basis = table("spectral_resample", n, m, dtype=y.real.dtype, device=y.device)
@@ -236,7 +232,7 @@ def spectral_conv(
     zero = [k // 2 for k in kept]
     if not complex_data:
         starts[-1] = zero[-1] = 0
-    with _no_autocast(x):
+    with no_autocast(x):
         w = w.to(compute).crop(starts, kept)
         if complex_data and not x.is_complex():
             x = torch.complex(_widened(x), torch.zeros_like(_widened(x)))
