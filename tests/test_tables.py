@@ -1,8 +1,11 @@
 """Tables are made once in float64, and no mode of torch leaves anything but a plain tensor in the cache."""
 
+import threading
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _python_dispatch
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchlayers import _tables
@@ -146,3 +149,26 @@ def test_wrong_builders_are_refused():
     with pytest.raises(ValueError, match="name must be new to the table registry, got 'test_inverse'"):
         register_table("test_inverse", shape=tuple)(_inverse)
     assert not _tables._CACHE
+
+
+def test_modes_of_other_threads_do_not_count(monkeypatch):
+    """Two threads that leave their modes in the order of entering: torch's own flag stays set from then on."""
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", False)  # put back at the end
+    entered, left = threading.Event(), threading.Event()
+
+    def first():
+        with FlopCounterMode(display=False):
+            entered.set()
+            assert left.wait(10)
+
+    def second():
+        assert entered.wait(10)
+        with FlopCounterMode(display=False):
+            left.set()
+            one.join()
+
+    one, two = threading.Thread(target=first), threading.Thread(target=second)
+    one.start(), two.start()
+    two.join()
+    assert _python_dispatch.is_in_torch_dispatch_mode()  # else the test shows nothing
+    assert table("test_inverse", 2, 3) is table("test_inverse", 2, 3)

@@ -10,8 +10,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ._backend import is_traced
 from ._checks import check_dtype, check_int, check_ints, check_ndim, check_same_device, check_size
 
 __all__ = [
@@ -299,7 +299,7 @@ def padding_as_bool(mask: Tensor | None) -> Tensor | None:
     ignored = mask == float("-inf")
     fits = (ignored | (mask == 0)).all()
     message = "key_padding_mask must be bool, True = ignore, or floating with 0 and -inf alone"
-    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if mask.device.type != "cpu" or is_traced():
         torch._assert_async(fits, message)  # does not wait for a GPU
     elif not fits:
         other = mask[~ignored & (mask != 0)][0].item()

@@ -15,7 +15,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "torch")
 
-__all__ = ["BACKENDS", "BackendError", "backend", "import_kernels", "last_dispatch", "use_triton"]
+__all__ = ["BACKENDS", "BackendError", "backend", "import_kernels", "is_traced", "last_dispatch", "use_triton"]
 
 
 class BackendError(ValueError):
@@ -123,3 +123,12 @@ def use_triton(
         raise BackendError(f"backend='triton' was asked for, but {reason} (operation {operation})")
     _last = f"triton: {operation}" if reason is None else f"torch: {reason}"
     return reason is None
+
+
+def is_traced() -> bool:
+    """Whether tensors here may stand for others: torch.compile, torch.export, or a dispatch mode of this thread.
+
+    Not ``is_in_torch_dispatch_mode()`` of torch: that is one flag for all threads, which two of them that leave their
+    modes in another order than they entered them set for good.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

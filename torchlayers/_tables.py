@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ._backend import is_traced
 
 __all__ = ["register_table", "table"]
 
@@ -36,7 +37,7 @@ def table(
 ) -> torch.Tensor:
     """The table ``name`` for the integers ``args``; read it, never write to it."""
     device = torch.device(device)
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if is_traced():
         return _table_op(name, list(args), dtype, device)
     return _lookup(name, args, dtype, device)
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._attention import allowed, no_autocast, philox_keep
+from .._backend import is_traced
 
 __all__ = ["chunked_attention", "chunked_backward", "chunked_forward"]
 
@@ -482,6 +482,6 @@ _backward_op.register_autograd(_refuse)
 
 def chunked_attention(q: Tensor, *args) -> tuple[Tensor, Tensor]:
     """:func:`chunked_forward` with gradients, as one operation where the call is traced."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or q.device.type == "meta":
+    if is_traced() or q.device.type == "meta":
         return _forward_op(q, *args)
     return _Chunked.apply(q, *args)

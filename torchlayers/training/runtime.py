@@ -26,6 +26,8 @@ __all__ = ["Runtime", "Signals", "get_random_state", "open_runtime", "seed_every
 
 T = TypeVar("T")
 
+_SETTLE = 0.1  # seconds; gloo's threads need microseconds, once they are scheduled
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -110,6 +112,10 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
     try:
         yield Runtime(rank, world, device, _mesh(device, shape, timeout))
     finally:
+        if world > 1:
+            # Gloo's threads take the GIL to free a collective's tensors, some time after its caller has gone on. A
+            # group that a thread with the GIL frees meanwhile waits for them, and they for the GIL, for ever.
+            time.sleep(_SETTLE)
         dist.destroy_process_group()
 
 
