@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import functional as functional
     from . import maestro as maestro
     from . import ring_attention as ring_attention
+    from . import separable_conv as separable_conv
     from . import tensor_attention as tensor_attention
     from . import testing as testing
     from . import tfno as tfno
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
     from .ring_attention import RingMultiheadAttention as RingMultiheadAttention
     from .ring_attention import SequenceLayout as SequenceLayout
     from .ring_attention import sequence_parallel as sequence_parallel
+    from .separable_conv import LazySeparableConv1d as LazySeparableConv1d
+    from .separable_conv import LazySeparableConv2d as LazySeparableConv2d
+    from .separable_conv import LazySeparableConv3d as LazySeparableConv3d
+    from .separable_conv import SeparableConv1d as SeparableConv1d
+    from .separable_conv import SeparableConv2d as SeparableConv2d
+    from .separable_conv import SeparableConv3d as SeparableConv3d
+    from .separable_conv import SeparableConvTranspose2d as SeparableConvTranspose2d
     from .tensor_attention import RingTensorAttention as RingTensorAttention
     from .tensor_attention import TensorAttention as TensorAttention
     from .tensor_attention import TensorTransformerBlock as TensorTransformerBlock
@@ -63,6 +71,9 @@ _LAZY = {
     "FactorizedTensor": "factorized",
     "H1Loss": "tfno",
     "JointSpectralWeights": "tfno",
+    "LazySeparableConv1d": "separable_conv",
+    "LazySeparableConv2d": "separable_conv",
+    "LazySeparableConv3d": "separable_conv",
     "LoopbackWorld": "ring_attention",
     "LowRankConv1d": "maestro",
     "LowRankConv2d": "maestro",
@@ -76,6 +87,10 @@ _LAZY = {
     "MultigridPatching2D": "tfno",
     "RingMultiheadAttention": "ring_attention",
     "RingTensorAttention": "tensor_attention",
+    "SeparableConv1d": "separable_conv",
+    "SeparableConv2d": "separable_conv",
+    "SeparableConv3d": "separable_conv",
+    "SeparableConvTranspose2d": "separable_conv",
     "SequenceLayout": "ring_attention",
     "SpectralConv": "tfno",
     "TFNO": "tfno",
@@ -92,6 +107,7 @@ _SUBMODULES = (
     "kernels",
     "maestro",
     "ring_attention",
+    "separable_conv",
     "tensor_attention",
     "testing",
     "tfno",
@@ -105,6 +121,9 @@ __all__ = [
     "FactorizedTensor",
     "H1Loss",
     "JointSpectralWeights",
+    "LazySeparableConv1d",
+    "LazySeparableConv2d",
+    "LazySeparableConv3d",
     "LoopbackWorld",
     "LowRankConv1d",
     "LowRankConv2d",
@@ -118,6 +137,10 @@ __all__ = [
     "MultigridPatching2D",
     "RingMultiheadAttention",
     "RingTensorAttention",
+    "SeparableConv1d",
+    "SeparableConv2d",
+    "SeparableConv3d",
+    "SeparableConvTranspose2d",
     "SequenceLayout",
     "SpectralConv",
     "TensorAttention",

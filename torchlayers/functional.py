@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .ring_attention import ring_self_attention as ring_self_attention
     from .ring_attention import ulysses_attention as ulysses_attention
     from .ring_attention import usp_attention as usp_attention
+    from .separable_conv import separable_conv as separable_conv
+    from .separable_conv import separable_conv_transpose as separable_conv_transpose
     from .tensor_attention import nth_order_attention as nth_order_attention
     from .tensor_attention import polynomial_nth_order_attention as polynomial_nth_order_attention
     from .tensor_attention import polynomial_tensor_attention as polynomial_tensor_attention
@@ -34,6 +36,8 @@ _LAZY = {
     "ring_attention": "ring_attention",
     "ring_self_attention": "ring_attention",
     "ring_tensor_attention": "tensor_attention",
+    "separable_conv": "separable_conv",
+    "separable_conv_transpose": "separable_conv",
     "spectral_conv": "tfno",
     "spectral_resample": "tfno",
     "tensor_attention": "tensor_attention",
@@ -53,6 +57,8 @@ __all__ = [
     "ring_attention",
     "ring_self_attention",
     "ring_tensor_attention",
+    "separable_conv",
+    "separable_conv_transpose",
     "spectral_conv",
     "spectral_resample",
     "tensor_attention",

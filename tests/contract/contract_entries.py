@@ -22,6 +22,15 @@ from torchlayers.maestro import (
     LowRankMultiheadAttention,
 )
 from torchlayers.ring_attention import RingMultiheadAttention
+from torchlayers.separable_conv import (
+    LazySeparableConv1d,
+    LazySeparableConv2d,
+    LazySeparableConv3d,
+    SeparableConv1d,
+    SeparableConv2d,
+    SeparableConv3d,
+    SeparableConvTranspose2d,
+)
 from torchlayers.tensor_attention import RingTensorAttention, TensorAttention, TensorTransformerBlock
 from torchlayers.tfno import (
     TFNO,
@@ -65,6 +74,10 @@ LOSS: Mapping[str, str] = {
 NO_ENTRY: Mapping[type, str] = {
     ComplexParameters: "a base class, under contract through what derives from it",
     MultigridPatching2D: "holds a model without calling it: it has no forward and no parameters of its own",
+    **dict.fromkeys(
+        (LazySeparableConv1d, LazySeparableConv2d, LazySeparableConv3d),
+        "becomes the plain layer at its first call: tested in tests/separable_conv",
+    ),
     MultiGridParallel: "runs a user's model over a device mesh: tested in processes of its own, in tests/tfno",
 }
 
@@ -268,6 +281,34 @@ def _low_rank_conv(cls, grid, **options) -> Entry:
     )
 
 
+def _separable_conv(cls, grid, name=None, slow=(), **options) -> Entry:
+    return Entry(
+        name=cls.__name__ if name is None else f"{cls.__name__}[{name}]",
+        module=cls,
+        factory=lambda **keywords: cls(4, 6, 3, padding=1, rank=1, **options, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 4, *grid, dtype=dtype),),
+        shows=("4, 6", "rank=(1, 1)" if cls is SeparableConv3d else "rank=1"),
+        bad_calls={
+            "input#no tensor": lambda m: m([[1.0]]),
+            "input#dimensions": lambda m: m(torch.randn(4, *grid, *(3,) * 3)),
+            "input#channels": lambda m: m(torch.randn(2, 5, *grid)),
+            "input#dtype": lambda m: m(torch.ones(2, 4, *grid, dtype=torch.int64)),
+        },
+        bad_constructions={
+            "groups": lambda: cls(4, 4, 3, groups=3),
+            "rank#zero": lambda: cls(4, 4, 3, rank=0),
+            "rank#high": lambda: cls(4, 4, 3, rank=10_000),
+            "format": lambda: cls(4, 4, 3, format="svd"),
+            "order": lambda: cls(4, 4, 3, order="x"),
+            "backend": lambda: cls(4, 4, 3, backend="cudnn"),
+            "dtype": lambda: cls(4, 4, 3, dtype=torch.complex64),
+        },
+        not_applicable=NO_LEADING,
+        slow=slow,
+        second_order=True,
+    )
+
+
 def _low_rank_attention(name: str, slow=(), **options) -> Entry:
     widths = (12, options.get("kdim", 12), options.get("vdim", 12))
     return Entry(
@@ -404,6 +445,11 @@ ENTRIES: list[Entry] = [
     ),
     _low_rank_attention("whole", add_zero_attn=True, bias=False, slow=COMPILERS),
     _low_rank_attention("cross", kdim=5, vdim=6, add_bias_kv=True, max_rank=4),
+    _separable_conv(SeparableConv1d, (6,)),
+    _separable_conv(SeparableConv2d, (5, 4)),
+    _separable_conv(SeparableConv2d, (5, 4), name="cp", format="cp", groups=2, slow=COMPILERS),
+    _separable_conv(SeparableConv3d, (4, 3, 3)),
+    _separable_conv(SeparableConvTranspose2d, (5, 4)),
     Entry(
         name="RingTensorAttention",
         module=RingTensorAttention,

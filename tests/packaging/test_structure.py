@@ -40,7 +40,7 @@ def distributions(extra):
 
 
 # What comes with an extra's distributions and is used beside them.
-ALONG = {"train": {"omegaconf", "yaml"}, "tfno": {"tltorch"}, "data": {"sklearn"}}  # scikit-learn imports as sklearn
+ALONG = {"train": {"omegaconf", "yaml"}, "tfno": {"tltorch"}, "data": {"sklearn"}, "wave": {"skfem"}}
 OPTIONAL = set().union(*(distributions(e) | ALONG.get(e, set()) for e in EXTRAS if e not in ("all", "dev")))
 
 FILES = {
