@@ -384,7 +384,7 @@ def device_peaks(name: str) -> dict[str, float] | None:
 
 
 def rates(work: Mapping[str, Any], ms: float, peaks: Mapping[str, float] | None) -> dict[str, float]:
-    """Achieved GB/s and TFLOP/s, and the fraction of the roofline: the least possible time over the measured one."""
+    """What was achieved, and the fraction of the roofline: the least possible time over the measured one."""
     seconds, result, bounds = ms * 1e-3, {}, []
     if "bytes" in work:
         result["gbps"] = work["bytes"] / seconds / 1e9
@@ -392,6 +392,8 @@ def rates(work: Mapping[str, Any], ms: float, peaks: Mapping[str, float] | None)
     if "flops" in work:
         result["tflops"] = work["flops"] / seconds / 1e12
         bounds.append(work["flops"] / peaks[work.get("math", "fp32")] if peaks else 0.0)
+    if "atoms" in work:
+        result["atoms_per_s"] = work["atoms"] / seconds
     if peaks and bounds:
         result["roofline"] = max(bounds) / seconds
     return result

@@ -75,6 +75,8 @@ def rate_cell(entry: Mapping[str, Any]) -> str:
         words.append(f"{_digits(entry['gbps'])} GB/s")
     if "tflops" in entry:
         words.append(f"{_digits(entry['tflops'])} TFLOP/s")
+    if "atoms_per_s" in entry:
+        words.append(f"{_digits(entry['atoms_per_s'])} atoms·steps/s")
     if "roofline" in entry:
         words.append(f"{entry['roofline']:.0%} of the roofline")
     return ", ".join(words) or MISSING

@@ -25,6 +25,7 @@ from ._backend import BackendError, backend, last_dispatch  # noqa: E402
 
 if TYPE_CHECKING:
     from . import functional as functional
+    from . import gaunt as gaunt
     from . import maestro as maestro
     from . import ring_attention as ring_attention
     from . import separable_conv as separable_conv
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     from . import training as training
     from ._surgery import convert as convert
     from .factorized import FactorizedTensor as FactorizedTensor
+    from .gaunt import ExactTensorProduct as ExactTensorProduct
+    from .gaunt import GauntConv as GauntConv
+    from .gaunt import GauntPotential as GauntPotential
+    from .gaunt import GauntSelfInteraction as GauntSelfInteraction
+    from .gaunt import GauntSymmetricContraction as GauntSymmetricContraction
+    from .gaunt import GauntTensorProduct as GauntTensorProduct
+    from .gaunt import SelfMix as SelfMix
     from .maestro import LowRankConv1d as LowRankConv1d
     from .maestro import LowRankConv2d as LowRankConv2d
     from .maestro import LowRankConv3d as LowRankConv3d
@@ -67,8 +75,14 @@ if TYPE_CHECKING:
 # Public name -> the submodule it comes from. The imports above say the same to editors; a test compares the two
 # with each family's __all__.
 _LAZY = {
+    "ExactTensorProduct": "gaunt",
     "FNOBlocks": "tfno",
     "FactorizedTensor": "factorized",
+    "GauntConv": "gaunt",
+    "GauntPotential": "gaunt",
+    "GauntSelfInteraction": "gaunt",
+    "GauntSymmetricContraction": "gaunt",
+    "GauntTensorProduct": "gaunt",
     "H1Loss": "tfno",
     "JointSpectralWeights": "tfno",
     "LazySeparableConv1d": "separable_conv",
@@ -87,6 +101,7 @@ _LAZY = {
     "MultigridPatching2D": "tfno",
     "RingMultiheadAttention": "ring_attention",
     "RingTensorAttention": "tensor_attention",
+    "SelfMix": "gaunt",
     "SeparableConv1d": "separable_conv",
     "SeparableConv2d": "separable_conv",
     "SeparableConv3d": "separable_conv",
@@ -104,6 +119,7 @@ _SUBMODULES = (
     "experiments",
     "factorized",
     "functional",
+    "gaunt",
     "kernels",
     "maestro",
     "ring_attention",
@@ -117,8 +133,14 @@ _SUBMODULES = (
 __all__ = [
     "TFNO",
     "BackendError",
+    "ExactTensorProduct",
     "FNOBlocks",
     "FactorizedTensor",
+    "GauntConv",
+    "GauntPotential",
+    "GauntSelfInteraction",
+    "GauntSymmetricContraction",
+    "GauntTensorProduct",
     "H1Loss",
     "JointSpectralWeights",
     "LazySeparableConv1d",
@@ -137,6 +159,7 @@ __all__ = [
     "MultigridPatching2D",
     "RingMultiheadAttention",
     "RingTensorAttention",
+    "SelfMix",
     "SeparableConv1d",
     "SeparableConv2d",
     "SeparableConv3d",

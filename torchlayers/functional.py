@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .gaunt import gaunt_convolution as gaunt_convolution
+    from .gaunt import gaunt_many_body as gaunt_many_body
+    from .gaunt import gaunt_tensor_product as gaunt_tensor_product
     from .maestro import low_rank_linear as low_rank_linear
     from .ring_attention import linformer_attention as linformer_attention
     from .ring_attention import merge_attention as merge_attention
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 # Public name -> the family it comes from; the imports above say the same to editors and type checkers.
 _LAZY = {
+    "gaunt_convolution": "gaunt",
+    "gaunt_many_body": "gaunt",
+    "gaunt_tensor_product": "gaunt",
     "linformer_attention": "ring_attention",
     "low_rank_linear": "maestro",
     "merge_attention": "ring_attention",
@@ -48,6 +54,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "gaunt_convolution",
+    "gaunt_many_body",
+    "gaunt_tensor_product",
     "linformer_attention",
     "low_rank_linear",
     "merge_attention",

@@ -13,6 +13,15 @@ import torch
 from contract_checks import NAMES_FILE, Entry
 
 from torchlayers.factorized import ComplexParameters
+from torchlayers.gaunt import (
+    ExactTensorProduct,
+    GauntConv,
+    GauntPotential,
+    GauntSelfInteraction,
+    GauntSymmetricContraction,
+    GauntTensorProduct,
+    SelfMix,
+)
 from torchlayers.maestro import (
     LowRankConv1d,
     LowRankConv2d,
@@ -78,6 +87,7 @@ NO_ENTRY: Mapping[type, str] = {
         (LazySeparableConv1d, LazySeparableConv2d, LazySeparableConv3d),
         "becomes the plain layer at its first call: tested in tests/separable_conv",
     ),
+    GauntPotential: "takes graphs and differentiates inside forward: tested in tests/gaunt",
     MultiGridParallel: "runs a user's model over a device mesh: tested in processes of its own, in tests/tfno",
 }
 
@@ -309,6 +319,79 @@ def _separable_conv(cls, grid, name=None, slow=(), **options) -> Entry:
     )
 
 
+def _gaunt_product(name: str, irreps: tuple[str, str, str], slow=(), **options) -> Entry:
+    per_sample = not options.get("shared_weights", True)
+
+    def make_input(batch, dtype):
+        module = GauntTensorProduct(*irreps, **options)
+        sizes = [module.irreps_in1.dim, module.irreps_in2.dim, *([module.weight_numel] if per_sample else [])]
+        return tuple(torch.randn(batch, size, dtype=dtype) for size in sizes)
+
+    def call(**changes):
+        def with_bad(module):
+            x, y, *weight = make_input(2, torch.float32)
+            arguments = {"x": x, "y": y, **({"weight": weight[0]} if weight else {})}
+            return module(**(arguments | {k: v(arguments[k]) if callable(v) else v for k, v in changes.items()}))
+
+        return with_bad
+
+    return Entry(
+        name=f"GauntTensorProduct[{name}]",
+        module=GauntTensorProduct,
+        factory=lambda **keywords: GauntTensorProduct(*irreps, **options, **keywords),
+        make_input=make_input,
+        shows=(irreps[0], f"connection={options.get('connection', 'uuu')!r}", "weight_numel="),
+        bad_calls={
+            "x#no tensor": call(x=[[1.0]]),
+            "x#size": call(x=lambda x: x[:, 1:]),
+            "x#integers": call(x=lambda x: x.long()),
+            "y#complex": call(y=lambda y: y.cfloat()),
+            "y#size": call(y=lambda y: y[:, 1:]),
+            "y#batch": call(y=lambda y: y.repeat(2, 1)[:3]),
+            "weight": call(weight=torch.randn(2, 3)),
+        },
+        bad_constructions={
+            "irreps_in1#unsorted": lambda: GauntTensorProduct("2x1o+2x0e", "2x0e"),
+            "irreps_in1#twice": lambda: GauntTensorProduct("2x0e+2x0e", "2x0e"),
+            "irreps_in1#uneven": lambda: GauntTensorProduct("2x0e+3x1o", "2x0e"),
+            "irreps_in1#words": lambda: GauntTensorProduct("scalars", "2x0e"),
+            "irreps_in2": lambda: GauntTensorProduct("2x0e+2x1o", "3x0e"),
+            "irreps_out#parity": lambda: GauntTensorProduct("2x1o", "2x1o", "2x2o"),
+            "irreps_out#odd": lambda: GauntTensorProduct("2x1o", "2x1o", "2x1e"),
+            "irreps_out#degree": lambda: GauntTensorProduct("2x1o", "2x1o", "2x4e", antisymmetric=True),
+            "connection": lambda: GauntTensorProduct("2x0e", "2x0e", connection="uvv"),
+            "rank": lambda: GauntTensorProduct("2x0e", "2x0e", rank=0),
+            "shared_weights": lambda: GauntTensorProduct("2x0e", "2x0e", shared_weights=False),
+            "layout": lambda: GauntTensorProduct("2x0e", "2x0e", layout="ir"),
+            "method": lambda: GauntTensorProduct("2x0e", "2x0e", method="gird"),
+            "backend": lambda: GauntTensorProduct("2x0e", "2x0e", backend="cuda"),
+            "dtype": lambda: GauntTensorProduct("2x0e", "2x0e", dtype=torch.complex64),
+        },
+        not_applicable=because(
+            "the weights come with the call, one set a sample",
+            "meta",
+            "state_dict",
+            "safetensors",
+            "weights_only",
+            "device_and_dtype",
+            "ddp",
+            "fsdp2",
+        )
+        if per_sample
+        else {},
+        second_order=True,
+        slow=slow,
+    )
+
+
+def _gaunt_conv_input(batch, dtype):
+    # Edge k leads from node k to the one before it; the first has no length.
+    nodes = torch.arange(batch)
+    edge_vec = torch.randn(batch, 3, dtype=dtype)
+    edge_index = torch.stack((nodes, (nodes - 1) % max(batch, 1)))
+    return torch.randn(batch, 14, dtype=dtype), edge_vec, edge_index, torch.randn(batch, 14, dtype=dtype)
+
+
 def _low_rank_attention(name: str, slow=(), **options) -> Entry:
     widths = (12, options.get("kdim", 12), options.get("vdim", 12))
     return Entry(
@@ -450,6 +533,134 @@ ENTRIES: list[Entry] = [
     _separable_conv(SeparableConv2d, (5, 4), name="cp", format="cp", groups=2, slow=COMPILERS),
     _separable_conv(SeparableConv3d, (4, 3, 3)),
     _separable_conv(SeparableConvTranspose2d, (5, 4)),
+    _gaunt_product("parities", ("2x0e+2x1o+2x1e", "2x0e+2x1o", "2x0e+2x1o+2x1e+2x2e"), antisymmetric=True),
+    _gaunt_product(
+        "edges",
+        ("2x0e+2x1o", "0e+1o+2e", "2x0e+2x1o+2x2e"),
+        connection="uvu",
+        rank=2,
+        internal_weights=False,
+        shared_weights=False,
+        layout="ir_mul",
+        slow=COMPILERS,
+    ),
+    _gaunt_product(
+        "mixing", ("2x0e+3x1o", "2x0e+1x1o", "3x0e+2x1o+2x1e"), connection="uvw", antisymmetric=True, slow=COMPILERS
+    ),
+    Entry(
+        name="GauntSelfInteraction",
+        module=GauntSelfInteraction,
+        factory=lambda **keywords: GauntSelfInteraction("2x0e+2x1o+2x2e", rank=2, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 18, dtype=dtype),),
+        shows=("2x0e+2x1o+2x2e", "rank=2"),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]]),
+            "x#size": lambda m: m(torch.randn(2, 17)),
+            "x#dtype": lambda m: m(torch.ones(2, 18, dtype=torch.int64)),
+            "weight": lambda m: m(torch.randn(2, 18), torch.randn(3)),
+        },
+        bad_constructions={
+            "irreps_in": lambda: GauntSelfInteraction("2x0e+3x1o"),
+            "irreps_out": lambda: GauntSelfInteraction("2x1o"),
+            "rank": lambda: GauntSelfInteraction("2x0e", rank=0),
+        },
+        second_order=True,
+    ),
+    Entry(
+        name="GauntConv",
+        module=GauntConv,
+        factory=lambda **_: GauntConv("2x0e+2x1o+2x1e", 2, "2x0e+2x1o+2x1e", antisymmetric=True),
+        make_input=_gaunt_conv_input,
+        shows=("2x0e+2x1o+2x1e", "lmax_filter=2", "antisymmetric=True"),
+        bad_calls={
+            "x#size": lambda m: m(torch.randn(2, 13), *_gaunt_conv_input(2, torch.float32)[1:]),
+            "x#dimensions": lambda m: m(torch.randn(14), *_gaunt_conv_input(2, torch.float32)[1:]),
+            "edge_vec": lambda m: m(torch.randn(2, 14), torch.randn(2, 2), *_gaunt_conv_input(2, torch.float32)[2:]),
+            "edge_index#range": lambda m: m(
+                torch.randn(2, 14), torch.randn(1, 3), torch.tensor([[0], [2]]), torch.randn(1, m.weight_numel)
+            ),
+            "edge_index#dtype": lambda m: m(
+                torch.randn(2, 14), torch.randn(1, 3), torch.zeros(2, 1), torch.randn(1, m.weight_numel)
+            ),
+            "weight": lambda m: m(*_gaunt_conv_input(2, torch.float32)[:3], torch.randn(2, 5)),
+        },
+        bad_constructions={
+            "irreps_in": lambda: GauntConv("2x0e+3x1o", 2, "2x0e"),
+            "irreps_out#multiplicity": lambda: GauntConv("2x0e", 2, "3x0e"),
+            "irreps_out#parity": lambda: GauntConv("2x0e", 2, "2x1e"),
+            "lmax_filter": lambda: GauntConv("2x0e", -1, "2x0e"),
+            "backend": lambda: GauntConv("2x0e", 1, "2x0e", backend="cuda"),
+        },
+        not_applicable={
+            **NO_PARAMETERS,
+            **because("nodes and edges have one dimension each", "leading_dimensions"),
+            **because("edge_index has its edges along dimension 1: exported in tests/gaunt", "exported"),
+        },
+        second_order=True,
+    ),
+    Entry(
+        name="GauntSymmetricContraction",
+        module=GauntSymmetricContraction,
+        factory=lambda **keywords: GauntSymmetricContraction("2x0e+2x1o+2x1e", "2x0e+2x1o", 3, 3, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 2, 7, dtype=dtype), torch.randn(batch, 3, dtype=dtype)),
+        shows=("2x0e+2x1o+2x1e -> 2x0e+2x1o", "correlation=3", "num_elements=3"),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]], torch.ones(1, 3)),
+            "x#channels": lambda m: m(torch.randn(2, 3, 7), torch.ones(2, 3)),
+            "x#components": lambda m: m(torch.randn(2, 2, 6), torch.ones(2, 3)),
+            "x#dtype": lambda m: m(torch.ones(2, 2, 7, dtype=torch.int64), torch.ones(2, 3)),
+            "y#elements": lambda m: m(torch.randn(2, 2, 7), torch.ones(2, 4)),
+            "y#range": lambda m: m(torch.randn(2, 2, 7), torch.tensor([0, 3])),
+            "y#no tensor": lambda m: m(torch.randn(2, 2, 7), [0, 1]),
+        },
+        bad_constructions={
+            "irreps_in": lambda: GauntSymmetricContraction("2x0e+3x1o", "2x0e", 3, 3),
+            "irreps_out": lambda: GauntSymmetricContraction("2x0e+2x1o", "2x1e", 3, 3),
+            "correlation": lambda: GauntSymmetricContraction("2x0e", "2x0e", 0, 3),
+            "num_elements": lambda: GauntSymmetricContraction("2x0e", "2x0e", 3, 0),
+        },
+        second_order=True,
+    ),
+    Entry(
+        name="ExactTensorProduct",
+        module=ExactTensorProduct,
+        factory=lambda **keywords: ExactTensorProduct(
+            "2x0e+2x1o",
+            "2x0e+2x1o",
+            "2x0e+2x1e",
+            [(0, 0, 0, "uuu", True, 1.0), (1, 1, 1, "uuu", True, 0.5)],
+            **keywords,
+        ),
+        make_input=lambda batch, dtype: (torch.randn(batch, 8, dtype=dtype), torch.randn(batch, 8, dtype=dtype)),
+        shows=("2x0e+2x1o",),
+        bad_calls={
+            "x#size": lambda m: m(torch.randn(2, 7), torch.randn(2, 8)),
+            "y#size": lambda m: m(torch.randn(2, 8), torch.randn(2, 7)),
+            "weight": lambda m: m(torch.randn(2, 8), torch.randn(2, 8), torch.randn(3)),
+        },
+        bad_constructions={
+            "internal_weights": lambda: ExactTensorProduct("0e", "0e", "0e", [], shared_weights=False),
+            "instructions#mode": lambda: ExactTensorProduct("0e", "0e", "0e", [(0, 0, 0, "uvw", True, 1.0)]),
+            "instructions#fields": lambda: ExactTensorProduct("0e", "0e", "0e", [(0, 0, 0, "uuu", True)]),
+        },
+        second_order=True,
+    ),
+    Entry(
+        name="SelfMix",
+        module=SelfMix,
+        factory=lambda **keywords: SelfMix(2, 3, antisymmetric=True, **keywords),
+        make_input=lambda batch, dtype: (torch.randn(batch, 9, 3, dtype=dtype),),
+        bad_calls={
+            "x#no tensor": lambda m: m([[1.0]]),
+            "x#size": lambda m: m(torch.randn(2, 8, 3)),
+        },
+        bad_constructions={
+            "lmax": lambda: SelfMix(-1, 3),
+            "channels": lambda: SelfMix(2, 0),
+        },
+        second_order=True,
+        slow=COMPILERS,
+    ),
     Entry(
         name="RingTensorAttention",
         module=RingTensorAttention,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchlayers import SequenceLayout, _tables
-from torchlayers.kernels import _aot, _lib, tdft
+from torchlayers.kernels import _aot, _lib, sparse_product, sphere_product, tdft
 from torchlayers.kernels import tensor_attention as attention
 from torchlayers.testing import assert_close_rel, opcheck_all
 
@@ -192,6 +192,64 @@ _ZIGZAG = SequenceLayout(6, 1, "zigzag").key
 
 
 # Argument tuples for every operation under torchlayers::, those of tables included.
+def _sphere_samples():
+    def signal(*shape, dtype=torch.float32, requires_grad=True):
+        return torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)
+
+    def tables(*sizes, dtype=torch.float32):
+        return [torch.randn(5, n, dtype=dtype) for n in sizes], torch.rand(5, dtype=dtype)
+
+    product, bracket, power = sphere_product._PRODUCT, sphere_product._BRACKET, sphere_product._power((1, 3))
+    yield [signal(2, 3, 4), signal(2, 1, 9)], *tables(4, 9, 16), product, 3, [False]
+    yield [signal(2, 3, 4), signal(2, 3, 9, requires_grad=False)], *tables(4, 9, 1), product, 3, [True]
+    yield (
+        [signal(4, 3, 2).transpose(0, 2).detach().requires_grad_(), signal(2, 3, 1)],
+        *tables(4, 1, 4),
+        product,
+        3,
+        [False],
+    )
+    yield [signal(2, 3, 4), signal(2, 3, 9)], *tables(4, 4, 9, 9, 16), bracket, 3, [False]
+    yield [signal(2, 3, 9)], *tables(9, 4), power, 3, [False, False]
+    yield [signal(2, 3, 4, dtype=torch.float64)] * 2, *tables(4, 4, 9, dtype=torch.float64), product, 3, [False]
+    yield [signal(2, 3, 4, dtype=torch.bfloat16, requires_grad=False)] * 2, *tables(4, 4, 9), product, 3, [False]
+    yield [signal(0, 3, 4), signal(0, 1, 9)], *tables(4, 9, 16), product, 3, [False]
+
+
+def _sphere_convolution_samples(backward=False):
+    sizes = ((4, 3, 4), (5, 9), (5, 3, 3), (4, 3, 9), (5, 9), (5, 3, 3))
+    x, y, h, grad, y2, h2 = (torch.randn(size, requires_grad=True) for size in sizes)
+    tables = torch.randn(7, 4), torch.randn(7, 9), torch.randn(7, 9)
+    target, source = torch.tensor([1, 3, 1, 2, 1], dtype=torch.int32), torch.tensor([0, 3, 2, 0, 1], dtype=torch.int32)
+    offsets = torch.tensor([0, 0, 3, 4, 5], dtype=torch.int32), torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
+    orders = (node.argsort(stable=True).int() for node in (target, source))
+    edges = source, next(orders), offsets[0], target, next(orders), offsets[1]
+    if backward:
+        yield x, grad, y, h, *tables, *edges
+        return
+    yield x, y, h, None, None, *tables, *edges
+    yield x, y, h, y2, h2, *tables, *edges
+    yield x.detach(), y, h.detach(), None, None, *tables, *edges
+
+
+def _sparse_samples(order=0):
+    spec = sparse_product._pattern_spec(1, (0, 1))
+    paths = sparse_product._sizes(spec)[3]
+
+    def draw(*sizes):
+        return torch.randn(*sizes, requires_grad=order < 2)
+
+    for y, w in (((2, 3, 4), (3, paths)), ((2, 1, 4), (2, 3, paths)), ((2, 3, 4), None)):
+        arguments = [draw(2, 3, 4), draw(*y), None if w is None else draw(*w)]
+        if order == 0:
+            yield *arguments, spec
+        elif order == 1:
+            yield draw(2, 3, 4), *arguments, spec, [True, True, w is not None]
+        else:
+            directions = [torch.randn_like(a) if a is not None else None for a in arguments]
+            yield draw(2, 3, 4), *arguments, *directions, spec, [True, True, True, w is not None]
+
+
 SAMPLES = {
     "all_reduce": lambda: [(torch.randn(2, 6, requires_grad=True), "", "", "first")],
     "all_to_all_heads": lambda: _exchange_samples(_ZIGZAG, "", 0, "", None, "first"),
@@ -210,6 +268,12 @@ SAMPLES = {
     "ring_tensor_attention_forward": _ring_tensor_samples,
     "ring_tensor_attention_backward": lambda: _ring_tensor_samples(backward=True),
     "scatter_sequence": _sequence_samples,
+    "sparse_product": _sparse_samples,
+    "sparse_product_gradients": lambda: _sparse_samples(1),
+    "sparse_product_second": lambda: _sparse_samples(2),
+    "sphere_convolution": _sphere_convolution_samples,
+    "sphere_convolution_filter": lambda: _sphere_convolution_samples(backward=True),
+    "sphere_polynomial": _sphere_samples,
     "table": lambda: [("test_ops", [4], torch.float32, torch.device("cpu"))],
     "spectral_mix": lambda: _mix_samples("dense"),
     "spectral_mix_cp": lambda: _mix_samples("cp"),

@@ -70,10 +70,9 @@ def test_a_rank_that_dies_in_the_ring_ends_the_run_and_fewer_go_on(
     run = tmp_path / "run"
     monkeypatch.setenv("FAULT", f"die {when} 1 4")
     program = Path(__file__)
-    began = time.monotonic()
-    codes, _, errors = spawn(3, *COMMON, "trainer.timeout=60", f"run_dir={run}", program=program)
+    # By the closed connection: a rank that waited for the time-out would outlive the spawner's.
+    codes, _, errors = spawn(3, *COMMON, "trainer.timeout=900", f"run_dir={run}", program=program, timeout=400)
     assert codes == [1, -signal.SIGKILL, 1], errors
-    assert time.monotonic() - began < 60  # by the closed connection, long before the time-out
     for rank in (0, 2):
         assert f"train.py (rank {rank}): stopped: another rank is gone" in errors[rank]
         assert "Traceback" not in errors[rank]

@@ -283,15 +283,15 @@ class Loop:
         with self.average.applied() if self.average is not None else contextlib.nullcontext():
             whole = gather_tensors(state_tensors(self.parallel.module))
         folder = self.context.folder
-        counts: dict[str, int] = {}
+        further: dict[str, float] = {}
 
         def write() -> dict[str, float]:
             model = new_model(self.task, self.config)
             for name, tensor in state_tensors(model).items():
                 tensor.copy_(whole[name])
             save_model(model, folder / "model.safetensors")
-            counts.update(count_parameters(model))
-            self.log.write({**metrics, **counts})
+            further.update({**self.task.final(metrics), **count_parameters(model)})
+            self.log.write({**metrics, **further})
             plots = folder / "plots"
             plots.mkdir(exist_ok=True)
             from .plots import loss_curve
@@ -300,7 +300,7 @@ class Loop:
             model.to(self.runtime.device).eval()
             with torch.no_grad():
                 self.task.plots(model, self.data, plots)
-            return {k: v for k, v in metrics.items() if "/" in k or k == "loss"} | counts
+            return {k: v for k, v in metrics.items() if "/" in k or k == "loss"} | further
 
         final = self.runtime.on_main(write)
         self.context.finish(final, step=self.step)

@@ -86,6 +86,10 @@ class Task:
         """Metrics of a batch of the test set ``name``; ``{"l2_16": (sum, weight)}`` is reported as ``test/l2_16``."""
         return {}
 
+    def final(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Further final metrics of the run, made of those of its last evaluation, under names of their own."""
+        return {}
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated blocks, each run by its own ``forward``: what is sharded, and recomputed, one by one."""
         return []
