@@ -222,7 +222,7 @@ class PotentialTask(Task):
         upper.set_title(f"Dynamics at constant energy, {self.config.model.product} products")
         lower.set_title(f"total energy alone: drift {drift:.3g} meV an atom and ps", fontsize=10)
         lower.set_xlabel("time, ps")
-        upper.legend(frameon=False)
+        upper.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         for ax in (upper, lower):
             ax.set_ylabel("meV an atom, from the start")
             ax.grid(alpha=0.3)

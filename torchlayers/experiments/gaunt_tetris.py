@@ -191,12 +191,14 @@ class TetrisTask(Task):
         image = axes.imshow(found.T.numpy(), cmap="RdBu", vmin=-1, vmax=1)
         for row in range(7):
             for column in range(8):
-                axes.text(column, row, f"{float(found[column, row]):.2f}", ha="center", va="center", fontsize=8)
+                value = round(float(found[column, row]), 2) + 0.0  # no -0.00
+                colour = "white" if abs(value) > 0.5 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(8), list(SHAPES), rotation=30)
         axes.set_yticks(range(7), ["pseudoscalar", *(f"scalar {i}" for i in range(1, 7))])
         figure.colorbar(image, ax=axes)
         paths = "with" if self.config.model.antisymmetric else "without"
-        left = ", 'chiral' not among those trained on" if self.config.data.leave_out else ""
+        left = "\n'chiral' was not trained on" if self.config.data.leave_out else ""
         axes.set_title(f"Tetris {paths} antisymmetric paths: outputs by shape{left}", fontsize=10)
         figure.savefig(folder / "tetris.png", dpi=130)
 
