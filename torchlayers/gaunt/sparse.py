@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._attention import no_autocast
@@ -89,8 +90,21 @@ class SparseSpec:
         for index, path in enumerate(self.paths):
             blocks.setdefault((path.offset1, 2 * path.l1 + 1), []).append(index)
         self.blocks = tuple((offset, size, tuple(members)) for (offset, size), members in blocks.items())
+        # The paths between the same blocks of x and y, and the number that T is where that is all it is.
+        pairs: dict[tuple[int, ...], list[int]] = {}
+        for index, path in enumerate(self.paths):
+            pairs.setdefault(path[:4], []).append(index)
+        self.pairs = tuple((blocks_of, tuple(members)) for blocks_of, members in pairs.items())
+        simple = [p for members in pairs.values() if self._simple(members) for p in members]
+        self.scalars = {p: _scalar(self.paths[p]) for p in simple}
         order = [p for _, _, members in self.blocks for p in members]
         self.order = None if order == sorted(order) else tuple(order)
+
+    def _simple(self, members: Sequence[int]) -> bool:
+        """Whether T is a number times an identity for these paths between two blocks: a scalar is among the three."""
+        return all(0 in (self.paths[p].l1, self.paths[p].l2) for p in members) or all(
+            self.paths[p].l3 == 0 for p in members
+        )
 
     @classmethod
     def parse(cls, key: str) -> SparseSpec:
@@ -126,6 +140,11 @@ def _check_path(name: str, path: SparsePath, sizes: tuple[int, ...]) -> None:
             )
     if not abs(path.l1 - path.l2) <= path.l3 <= path.l1 + path.l2:
         raise ValueError(f"{name} must couple, |l1 - l2| <= l3 <= l1 + l2, got {degrees}")
+
+
+def _scalar(path: SparsePath) -> float:
+    """The number c with T = c · identity where a degree is 0."""
+    return float(_coefficients(path)[0, 0, 0])
 
 
 def _encoded(path: SparsePath) -> tuple[int, ...]:
@@ -215,6 +234,14 @@ def _second_paths_table(*code: int) -> Tensor:
     return torch.cat(rows, 1).flatten(1)
 
 
+@register_table("sparse_product_scalars", shape=lambda *code: (_num_paths(code),))
+def _scalars_table(*code: int) -> Tensor:
+    """The number that T[p] is, ones where it is more than that."""
+    n1, n2, n3 = code[:3]
+    spec = SparseSpec(n1, n2, n3, _decoded(code))
+    return torch.tensor([spec.scalars.get(p, 1.0) for p in range(len(spec.paths))], dtype=torch.float64)
+
+
 @register_table("sparse_product_block", shape=lambda l1, l2, *rest: (sum(2 * r + 1 for r in rest[::3]), _pair(l1, l2)))
 def _block_table(l1: int, l2: int, *rest: int) -> Tensor:
     """T[(p, k), (i, j)] of the paths between two blocks: ``rest`` has degree, kind and factor of each."""
@@ -264,7 +291,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         wants = tuple(ctx.needs_input_grad[1:])
-        return None, *_Gradients.apply(ctx.form, wants, g.contiguous(), *ctx.saved_tensors)
+        return None, *_Gradients.apply(ctx.form, wants, g, *ctx.saved_tensors)
 
 
 class _Gradients(torch.autograd.Function):
@@ -283,7 +310,6 @@ class _Gradients(torch.autograd.Function):
         """Without a graph of its own, in one pass; else the product rule, in functions that have derivatives again."""
         g, *arguments = ctx.saved_tensors
         wants = tuple(ctx.needs_input_grad[2:])
-        directions = tuple(None if h is None else h.contiguous() for h in directions)
         if not torch.is_grad_enabled():
             return None, None, *ctx.form.second(g, *arguments, *directions, wants)
         sums: list[Tensor | None] = [None] * 4
@@ -297,6 +323,22 @@ class _Gradients(torch.autograd.Function):
             for n, part in enumerate((first, *rest)):
                 sums[n] = _plus(sums[n], part)
         return None, None, *sums
+
+
+class _Contiguous(torch.autograd.Function):
+    """``x.contiguous()`` with contiguous derivatives of every order: strided ones cost several times as much."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _Contiguous.apply(g)
 
 
 def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -395,7 +437,7 @@ class _Edges(_Form):
 
     def _pieces(self, x: Tensor) -> list[slice]:
         step = max(1, _CHUNK // max(1, self.rows * max(x.shape[2], self.n3)))
-        return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+        return [slice(start, start + step) for start in range(0, max(1, x.shape[0]), step)]
 
     def _matrix(self, y: Tensor) -> Tensor:
         table = _table(y, "sparse_product_second_paths", self.code)
@@ -484,7 +526,7 @@ class _Edges(_Form):
 
 def _common_second(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Tensor:
     """One y (B, 1, n2) for all channels."""
-    first, second = x.transpose(1, 2).contiguous(), y[:, 0]  # (B, n1, C), (B, n2)
+    first, second = x.transpose(1, 2), y[:, 0]  # (B, n1, C), (B, n2)
     if weight is None:
         matrix = (second @ _table(x, "sparse_product_second", spec.code)).unflatten(1, (spec.n1, spec.n3))
         return torch.bmm(matrix.mT, first).transpose(1, 2)
@@ -505,7 +547,7 @@ def _folded(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Te
         x, y = x.transpose(0, 1), y.transpose(0, 1)
         dense = _table(x, "sparse_product_paths", spec.code)
         matrix = (weight @ dense.flatten(1)).unflatten(1, dense.shape[1:])
-    first, second = x.transpose(1, 2).contiguous(), y.transpose(1, 2).contiguous()  # (1 or C, n, rows)
+    first, second = x.transpose(1, 2), y.transpose(1, 2)  # (1 or C, n, rows)
     z = _apply(_Outer(), first, second, matrix, spec.n1 * spec.n2 / (spec.n1 + spec.n2 + spec.n3))
     return z[0].T.view(batch, channels, spec.n3) if weight is None else z.permute(2, 0, 1)
 
@@ -515,44 +557,88 @@ def _apply(form: _Form, a: Tensor, b: Tensor, c: Tensor, growth: float) -> Tenso
 
     A graph that is traced must not depend on how many pieces there are.
     """
-    if growth <= 1.5 or torch.compiler.is_compiling():
-        return form.whole(a, b, c)
-    return _Product.apply(form, a, b, c)
+    if torch.compiler.is_compiling():
+        return form.whole(a.contiguous(), b.contiguous(), c)
+    a, b = _Contiguous.apply(a), _Contiguous.apply(b)
+    return _Contiguous.apply(form.whole(a, b, c) if growth <= 1.5 else _Product.apply(form, a, b, c))
 
 
 def _by_pairs(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Tensor:
     """Block by block: the outer product of two blocks, all paths between them by one matrix product, weights."""
-    batch, channels = x.shape[:2]
-    first = x.permute(2, 0, 1).contiguous()  # (n, B, C)
-    second = y.expand(batch, channels, -1).permute(2, 0, 1).contiguous()
+    first = _cut(x.transpose(1, 2).contiguous(), [path[0:2] for path in spec.paths])
+    second = _cut(y.transpose(1, 2).contiguous(), [path[2:4] for path in spec.paths])
+    weights = None
     if weight is not None:
-        weight = weight.movedim(-1, 0)  # (P, B, C) or (P, C)
-    pairs: dict[tuple[int, int, int, int], list[int]] = {}
-    for p, path in enumerate(spec.paths):
-        pairs.setdefault(path[:4], []).append(p)
-    sums: dict[int, Tensor] = {}
-    for (offset1, l1, offset2, l2), members in pairs.items():
-        code = [n for p in members for n in spec.code[3 + _FIELDS * p : 3 + _FIELDS * (p + 1)][5:]]
-        outer = first[_span(offset1, l1), None] * second[None, _span(offset2, l2)]
-        results = _table(x, "sparse_product_block", (l1, l2, *code)) @ outer.flatten(0, 1).flatten(1)
+        scaled = weight * _table(x, "sparse_product_scalars", spec.code)
+        weights = scaled.transpose(-1, -2).contiguous().unsqueeze(-2).unbind(-3)  # (B, 1, C) or (1, C)
+    sums: dict[tuple[int, int], Tensor] = {}  # (offset3, size) -> (B, size, C)
+    for (offset1, l1, offset2, l2), members in spec.pairs:
+        left, right = first[offset1, l1], second[offset2, l2]
+        simple = members[0] in spec.scalars
+        if simple:
+            results = left * right
+            if l1 == l2 and l1 > 0:
+                results = results.sum(1, keepdim=True)
+        else:
+            outer = (left[:, :, None] * right[:, None]).flatten(1, 2)
+            code = [n for p in members for n in spec.code[3 + _FIELDS * p : 3 + _FIELDS * (p + 1)][5:]]
+            results = _table(x, "sparse_product_block", (l1, l2, *code)) @ outer
         row = 0
         for p in members:
             path = spec.paths[p]
-            part = results[_span(row, path.l3)].view(2 * path.l3 + 1, batch, channels)
+            part = results if simple else results[:, _span(row, path.l3)]
             row += 2 * path.l3 + 1
-            if weight is not None:
-                part = part * weight[p]
-            for k, component in enumerate(part.unbind()):
-                at = path.offset3 + k
-                sums[at] = component if at not in sums else sums[at] + component
-    zero = first.new_zeros(batch, channels)
-    return torch.stack([sums.get(k, zero) for k in range(spec.n3)], -1)
+            if weights is not None:
+                part = part * weights[p]
+            elif simple:
+                part = part * spec.scalars[p]
+            block = (path.offset3, 2 * path.l3 + 1)
+            sums[block] = _plus(sums.get(block), part)  # type: ignore[assignment]
+    return _assembled(sums, spec.n3).transpose(1, 2)
+
+
+def _cut(x: Tensor, blocks: list[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    """(offset, degree) -> that block (B, 2 degree + 1, C) of x (B, n, C)."""
+    sizes: list[int] = []
+    names: list[tuple[int, ...] | None] = []
+    end = 0
+    for offset, degree in sorted(set(blocks)):
+        if offset < end:  # blocks that overlap
+            return {block: x[:, _span(*block)] for block in blocks}
+        if offset > end:
+            sizes.append(offset - end)
+            names.append(None)
+        sizes.append(2 * degree + 1)
+        names.append((offset, degree))
+        end = offset + sizes[-1]
+    if end < x.shape[1]:
+        sizes.append(x.shape[1] - end)
+        names.append(None)
+    # One split rather than many slices: its gradient is one concatenation.
+    return {name: part for name, part in zip(names, x.split(sizes, 1), strict=True) if name is not None}
+
+
+def _assembled(sums: dict[tuple[int, int], Tensor], n3: int) -> Tensor:
+    """(B, n3, C) of blocks at their places, zeros elsewhere."""
+    pieces, end = [], 0
+    for (offset, size), block in sorted(sums.items(), key=lambda item: item[0]):
+        if offset < end:  # blocks that overlap in part
+            return sum(F.pad(t, (0, 0, at, n3 - at - t.shape[1])) for (at, _), t in sums.items())  # type: ignore
+        if offset > end:
+            pieces.append(block.new_zeros(block.shape[0], offset - end, block.shape[2]))
+        pieces.append(block)
+        end = offset + size
+    if end < n3:
+        pieces.append(block.new_zeros(block.shape[0], n3 - end, block.shape[2]))
+    return torch.cat(pieces, 1)
 
 
 def _plain(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Tensor:
     if not spec.paths:
         return (x.sum(-1, keepdim=True) * y.sum(-1, keepdim=True) * 0).expand(*x.shape[:2], spec.n3)
-    if y.shape[1] == 1 and x.shape[1] > 1:
+    if max(max(path.l1, path.l2) for path in spec.paths) <= 1:
+        return _by_pairs(x, y, weight, spec)
+    if y.shape[1] == 1 != x.shape[1]:
         return _common_second(x, y, weight, spec)
     size = spec.n1 * spec.n2 * spec.n3 * len(spec.paths)
     if weight is None or (weight.ndim == 2 and size <= _LARGEST_FOLD):
