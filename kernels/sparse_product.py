@@ -22,7 +22,7 @@ Which product it is, a string says (the launchers' ``spec``)::
 
 and :func:`register_coefficients` who knows the numbers of a kind.
 
-Source: Luo et al., arXiv 2401.10216, equation 4 (the product); the unrolling is common practice.
+Source: Luo et al., arXiv 2401.10216 (the Gaunt product).
 """
 
 # The kernels' tuples grow, and Triton compiles no starred expressions.
@@ -104,6 +104,7 @@ def register_coefficients(kind: str, coefficients: Callable[[int, int, int], Any
     _COEFFICIENTS[kind] = coefficients
 
 
+@functools.lru_cache(maxsize=1024)
 def _sizes(spec: str) -> tuple[int, int, int, int]:
     """n1, n2, n3 and the number of paths."""
     head, *paths = spec.split(";")
@@ -525,8 +526,6 @@ def _store_group(
 
 # Rows of a program: one a thread. With one warp, tiles change hands by shuffles, and nobody waits at a barrier.
 _WARP = {"hip": 64, "interpreter": 128}
-# Registers of a row beyond which the gradient of the weights gets a pass of its own: sizes of x, y and z together.
-_ONE_PASS = 60
 
 
 def _tile(C: int, target: _lib.Target, *, over_samples: bool) -> tuple[int, int]:
@@ -584,9 +583,6 @@ def _launch_gradients(g, x, y, w, hx, hy, hw, spec: str, wants: list[bool]) -> t
     wants = [*wants[:2], wants[2] and w is not None]
     if x.numel() == 0 or g.numel() == 0 or y.numel() == 0:
         return tuple(torch.zeros_like(t) if want else None for t, want in zip((x, y, w), wants, strict=True))
-    if wants[2] and any(wants[:2]) and made.n1 + made.n2 + made.n3 > _ONE_PASS:
-        gx, gy, _ = _launch_gradients(g, x, y, w, hx, hy, hw, spec, [*wants[:2], False])
-        return gx, gy, _launch_gradients(g, x, y, w, hx, hy, hw, spec, [False, False, True])[2]
     common_y, common_w = y.shape[1] == 1 < channels, w is not None and w.ndim == 2
     bb, bc = _tile(channels, target, over_samples=common_w and wants[2])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -615,7 +611,7 @@ def _launch_gradients(g, x, y, w, hx, hy, hw, spec: str, wants: list[bool]) -> t
 
 
 def _check(x, y, w, spec: str, **others: torch.Tensor | None) -> None:
-    """Shapes and dtypes; ``others`` are like the tensor that their last letter names, z for the product."""
+    """Shapes and dtypes; ``others`` are like the tensor that their last letter names, g like the product."""
     n1, n2, n3, num_paths = _sizes(spec)
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")

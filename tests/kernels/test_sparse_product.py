@@ -144,11 +144,6 @@ def test_gradients_of_some(wanted, device):
         assert_close_rel(mine, other)
 
 
-def test_a_pass_of_its_own_for_the_weights(monkeypatch, device):
-    monkeypatch.setattr(kernels, "_ONE_PASS", 0)
-    check(SPECS["gaunt"], make(SPECS["gaunt"], (3, 5), True, "each", device))
-
-
 def test_derivatives_of_any_order(device):
     spec = SparseSpec(4, 4, 4, [(1, 1, 1, 1, 1, 1, "cg"), (0, 0, 1, 1, 1, 1, "cg"), (1, 1, 1, 1, 0, 0, "gaunt")])
     tensors = make(spec, (2, 3), True, "each", device)
@@ -182,6 +177,13 @@ def test_the_function_takes_the_kernel(device):
     z = sparse.sparse_product(x, y, w, spec, backend="triton")
     assert torchlayers.last_dispatch() == "triton: sparse_product"
     assert_close_rel(z, definition(x, y, w, spec))
+
+
+def test_products_of_too_many_terms_are_refused(device):
+    spec = gaunt_spec(6, 6, 6)
+    x, y, _ = make(spec, (1, 1), False, None, device)
+    with pytest.raises(torchlayers.BackendError, match=r"does not support \d+ terms, 6000 at most"):
+        sparse.sparse_product(x, y, None, spec, backend="triton")
 
 
 def test_one_digest_for_equal_numbers():

@@ -12,7 +12,7 @@ along contiguous memory. What is multiplied out depends on what repeats: weights
 the table, a y common to all channels (an edge's harmonics) is contracted with the table first. The kernel
 (``torchlayers.kernels.sparse_product``) unrolls the non-zero terms instead.
 
-Source: Luo et al., arXiv 2401.10216, equation 4 and appendix; the paths and weights as in ``e3nn.o3.TensorProduct``.
+Source: Luo et al., arXiv 2401.10216 (the Gaunt product); paths and weights as in ``e3nn.o3.TensorProduct``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ KINDS = {"gaunt": gaunt_coefficients, "bracket": bracket_coefficients, "cg": cle
 _NAMES = tuple(KINDS)
 _FIELDS = 8  # of a path
 
+# The most terms that are unrolled. All paths up to degree 4 are 4458, whose gradients take 20 s to compile.
+_MOST_TERMS = 6000
 # The largest table of weighted paths, in numbers, that is multiplied out densely.
 _LARGEST_FOLD = 1 << 21
 # How many numbers of an intermediate are formed at once: 1 MB in float32 was the fastest of 2^15 to 2^20 on an EPYC.
@@ -553,14 +555,14 @@ def _folded(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Te
 
 
 def _apply(form: _Form, a: Tensor, b: Tensor, c: Tensor, growth: float) -> Tensor:
-    """The product, in pieces where its intermediates are ``growth`` > 1.5 times as large as its arguments.
+    """The product, in pieces where its intermediates are ``growth`` > 1.1 times as large as its arguments.
 
     A graph that is traced must not depend on how many pieces there are.
     """
     if torch.compiler.is_compiling():
         return form.whole(a.contiguous(), b.contiguous(), c)
     a, b = _Contiguous.apply(a), _Contiguous.apply(b)
-    return _Contiguous.apply(form.whole(a, b, c) if growth <= 1.5 else _Product.apply(form, a, b, c))
+    return _Contiguous.apply(form.whole(a, b, c) if growth <= 1.1 else _Product.apply(form, a, b, c))
 
 
 def _by_pairs(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> Tensor:
@@ -696,7 +698,7 @@ def sparse_product(
     tensors = _one_dtype(named)
     x, y, weight = tensors["x"], tensors["y"], tensors.get("weight")
     with no_autocast(x):
-        if use_triton("sparse_product", x, backend, _unsupported(x, spec)):
+        if use_triton("sparse_product", x, backend, _unsupported(spec)):
             _teach_kernels()
             kernels = import_kernels("sparse_product")
             return kernels.sparse_product(x, y, weight, spec.key)  # type: ignore[union-attr]
@@ -733,6 +735,8 @@ def _one_dtype(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(widest) for name, tensor in named.items()}
 
 
-def _unsupported(x: Tensor, spec: SparseSpec) -> str | None:
-    """What of this product the kernel does not take, in words."""
-    return None
+def _unsupported(spec: SparseSpec) -> str | None:
+    """What of this product the kernel does not take, in words: its code has a line for each term."""
+    # Real harmonics couple m1 and m2 to at most two m3.
+    terms = sum(2 * _pair(path.l1, path.l2) for path in spec.paths)
+    return f"{terms} terms, {_MOST_TERMS} at most" if terms > _MOST_TERMS else None
