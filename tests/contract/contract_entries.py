@@ -659,7 +659,6 @@ ENTRIES: list[Entry] = [
             "channels": lambda: SelfMix(2, 0),
         },
         second_order=True,
-        slow=COMPILERS,
     ),
     Entry(
         name="RingTensorAttention",

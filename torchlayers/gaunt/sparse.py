@@ -97,8 +97,8 @@ class SparseSpec:
         for index, path in enumerate(self.paths):
             pairs.setdefault(path[:4], []).append(index)
         self.pairs = tuple((blocks_of, tuple(members)) for blocks_of, members in pairs.items())
-        simple = [p for members in pairs.values() if self._simple(members) for p in members]
-        self.scalars = {p: _scalar(self.paths[p]) for p in simple}
+        simple = {p for members in pairs.values() if self._simple(members) for p in members}
+        self.scalars = tuple(_scalar(path) if p in simple else None for p, path in enumerate(self.paths))
         order = [p for _, _, members in self.blocks for p in members]
         self.order = None if order == sorted(order) else tuple(order)
 
@@ -241,7 +241,7 @@ def _scalars_table(*code: int) -> Tensor:
     """The number that T[p] is, ones where it is more than that."""
     n1, n2, n3 = code[:3]
     spec = SparseSpec(n1, n2, n3, _decoded(code))
-    return torch.tensor([spec.scalars.get(p, 1.0) for p in range(len(spec.paths))], dtype=torch.float64)
+    return torch.tensor([1.0 if s is None else s for s in spec.scalars], dtype=torch.float64)
 
 
 @register_table("sparse_product_block", shape=lambda l1, l2, *rest: (sum(2 * r + 1 for r in rest[::3]), _pair(l1, l2)))
@@ -576,7 +576,7 @@ def _by_pairs(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> 
     sums: dict[tuple[int, int], Tensor] = {}  # (offset3, size) -> (B, size, C)
     for (offset1, l1, offset2, l2), members in spec.pairs:
         left, right = first[offset1, l1], second[offset2, l2]
-        simple = members[0] in spec.scalars
+        simple = spec.scalars[members[0]] is not None
         if simple:
             results = left * right
             if l1 == l2 and l1 > 0:
@@ -592,8 +592,8 @@ def _by_pairs(x: Tensor, y: Tensor, weight: Tensor | None, spec: SparseSpec) -> 
             row += 2 * path.l3 + 1
             if weights is not None:
                 part = part * weights[p]
-            elif simple:
-                part = part * spec.scalars[p]
+            elif (scalar := spec.scalars[p]) is not None:
+                part = part * scalar
             block = (path.offset3, 2 * path.l3 + 1)
             sums[block] = _plus(sums.get(block), part)  # type: ignore[assignment]
     return _assembled(sums, spec.n3).transpose(1, 2)
