@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 import torchlayers
 from torchlayers.gaunt import convolution, reference
@@ -385,3 +386,10 @@ def test_refuses(change, error, message):
     arguments = dict(zip(names, (*tensors, edge_index), strict=True)) | {"lmax": 1, "lmax_filter": 2}
     with pytest.raises(error, match=message):
         gaunt_convolution(**arguments | change)
+
+
+def test_edges_are_checked_whatever_other_threads_have_left_behind(monkeypatch):
+    """torch's flag for dispatch modes is one for all threads, and can stay set."""
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", True)
+    with pytest.raises(ValueError, match="edge_index must have entries from 0 to 2, got 0 to 3"):
+        edge_order(torch.tensor([[0, 3], [1, 2]]), 3)

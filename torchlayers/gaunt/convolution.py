@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._attention import no_autocast
-from .._backend import import_kernels, use_triton
+from .._backend import import_kernels, is_traced, use_triton
 from .._checks import check_dtype, check_int, check_ndim, check_same_device, check_size
 from .._tables import register_table, table
 from .sphere import grid_size, spherical_harmonics
@@ -139,7 +138,7 @@ def _check_edges(edge_index: Tensor, num_nodes: int) -> None:
     check_size("edge_index", edge_index, 0, 2, "(source, target)")
     if edge_index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"edge_index must be int64 or int32, got {edge_index.dtype}")
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if is_traced():
         return
     if edge_index.device.type == "cpu" and edge_index.shape[1]:
         low, high = (int(v) for v in edge_index.aminmax())
