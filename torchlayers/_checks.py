@@ -5,8 +5,10 @@ Each raises ``ValueError`` or ``TypeError`` with a message of one form: the argu
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
@@ -92,9 +94,15 @@ def check_same_device(name: str, x: torch.Tensor, other_name: str, other: torch.
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {x.device}")
 
 
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra of this package brings it."""
+def require(module: str, *, extra: str, quiet: bool = False) -> ModuleType:
+    """Import an optional dependency, or say which extra of this package brings it.
+
+    ``quiet`` hides the warnings that importing it gives, for packages that use what torch calls deprecated.
+    """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings() if quiet else contextlib.nullcontext():
+            if quiet:
+                warnings.simplefilter("ignore")
+            return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is needed here and not installed: pip install -e '.[{extra}]'") from error

@@ -17,8 +17,9 @@ A family defines a config class and registers a rule for it; :func:`convert` doe
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["ConversionReport", "ConversionRow", "Skip", "convert", "register_conversion"]
+__all__ = ["ConversionReport", "ConversionRow", "Skip", "convert", "lies_under", "register_conversion"]
 
 
 class Skip(NamedTuple):
@@ -135,6 +136,13 @@ class ConversionReport:
             return f"{kind}: nothing converted, no module matched; {before:,} parameters"
         total = f"{kind}: {len(self.converted)} converted, {len(self.skipped)} skipped"
         return "\n".join([*lines, f"{total}; parameters {before:,} -> {after:,}{share}"])
+
+
+def lies_under(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern (``*`` and ``?`` as in file names) fits the module ``name`` or a module that it is in."""
+    parts = name.split(".")
+    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(part, pattern) for part in above for pattern in patterns)
 
 
 def convert(

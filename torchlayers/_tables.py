@@ -7,13 +7,14 @@ that is a dictionary look-up. Under ``torch.compile``, ``torch.export`` and disp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ._backend import is_traced
 
-__all__ = ["register_table", "table"]
+__all__ = ["as_bits", "from_bits", "register_table", "table"]
 
 _BUILDERS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., tuple[int, ...]]]] = {}
 _CACHE: dict[tuple, torch.Tensor] = {}
@@ -70,3 +71,15 @@ def _table_op(name: str, args: list[int], dtype: torch.dtype, device: torch.devi
 @_table_op.register_fake
 def _(name: str, args: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(_BUILDERS[name][1](*args), dtype=dtype, device=device)
+
+
+def as_bits(values: Iterable[float]) -> tuple[int, ...]:
+    """Float64 numbers as the ints that have their bits: a table is named by ints alone."""
+    values = tuple(values)
+    return struct.unpack(f"<{len(values)}q", struct.pack(f"<{len(values)}d", *values))
+
+
+def from_bits(bits: Iterable[int]) -> tuple[float, ...]:
+    """The inverse of :func:`as_bits`."""
+    bits = tuple(bits)
+    return struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits))

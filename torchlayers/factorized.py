@@ -29,6 +29,7 @@ __all__ = [
     "FactorizedTensor",
     "as_complex",
     "as_real",
+    "balanced_svd",
     "validate_rank",
 ]
 
@@ -195,6 +196,20 @@ def _rank_of_fraction(sizes: tuple[int, ...], name: str, fraction: float, fixed:
 
 
 # --------------------------------------------------------------------------------------------------- complex parameters
+
+
+def balanced_svd(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors (…, m, r) and (…, r, n) of matrices (…, m, n); each carries the roots of the singular values.
+
+    Args:
+        matrix: real.
+        rank: how many terms to keep, min(m, n) by default.
+
+    Source: C. Eckart, G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
 
 
 def as_complex(tensor: Tensor) -> Tensor:

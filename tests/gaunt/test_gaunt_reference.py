@@ -17,16 +17,12 @@ def randn(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def rotation(lmax, seed=0):
-    """A rotation matrix R and its action D on the coefficients up to ``lmax``: Y(R r) = D Y(r), by e3nn's harmonics."""
-    matrix = torch.linalg.qr(randn(3, 3, seed=seed))[0]
+@pytest.fixture
+def rotation(action):
+    """A rotation matrix R and its action D on the coefficients up to ``lmax``."""
+    matrix = torch.linalg.qr(randn(3, 3))[0]
     matrix = matrix * torch.linalg.det(matrix)
-    points, weights = sphere_quadrature(2 * lmax)
-    degrees = list(range(lmax + 1))
-    before, after = (
-        e3nn_o3().spherical_harmonics(degrees, p, False, normalization="integral") for p in (points, points @ matrix.T)
-    )
-    return matrix, after.T @ (weights[:, None] * before)
+    return lambda lmax: (matrix, action(matrix, lmax))
 
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
@@ -76,13 +72,13 @@ def test_bracket_of_vectors_is_their_cross_product():
 
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
-def test_product_is_equivariant(antisymmetric):
+def test_product_is_equivariant(antisymmetric, rotation):
     lmax = 3
     x, y = randn(2, 16), randn(2, 16, seed=1)
-    _, action = rotation(2 * lmax)
-    inner = action[:16, :16]
+    _, turn = rotation(2 * lmax)
+    inner = turn[:16, :16]
     rotated = gaunt_tensor_product(x @ inner.T, y @ inner.T, lmax, lmax, antisymmetric=antisymmetric)
-    expected = gaunt_tensor_product(x, y, lmax, lmax, antisymmetric=antisymmetric) @ action.T
+    expected = gaunt_tensor_product(x, y, lmax, lmax, antisymmetric=antisymmetric) @ turn.T
     torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-10)
     # Inversion: (-1)^l of every degree, and the bracket's result is a pseudo signal.
     parity = torch.tensor([(-1.0) ** ell for ell in range(7) for _ in range(2 * ell + 1)], dtype=torch.float64)
@@ -142,14 +138,14 @@ def test_convolution_is_a_product_with_e3nns_harmonics_of_the_edges(antisymmetri
     torch.testing.assert_close(torch.zeros_like(expected).index_add(0, edge_index[1], per_edge), actual)
 
 
-def test_convolution_is_equivariant_and_ignores_edge_lengths():
+def test_convolution_is_equivariant_and_ignores_edge_lengths(rotation):
     edge_vec, edge_index = graph()
     x, h = randn(4, 2, 9), randn(9, 2, 3, seed=1)
-    matrix, action = rotation(4)
+    matrix, turn = rotation(4)
     degrees = {"lmax": 2, "lmax_filter": 2}
-    expected = gaunt_convolution(x, edge_vec, h, edge_index, **degrees) @ action.T
+    expected = gaunt_convolution(x, edge_vec, h, edge_index, **degrees) @ turn.T
     lengths = torch.rand(9, 1, dtype=torch.float64) + 0.5
-    rotated = gaunt_convolution(x @ action[:9, :9].T, lengths * edge_vec @ matrix.T, h, edge_index, **degrees)
+    rotated = gaunt_convolution(x @ turn[:9, :9].T, lengths * edge_vec @ matrix.T, h, edge_index, **degrees)
     torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-10)
 
 

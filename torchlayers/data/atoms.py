@@ -17,7 +17,6 @@ import io
 import math
 import os
 import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,9 +80,7 @@ class Frames(torch.utils.data.Dataset):
 
 
 def _pyg() -> ModuleType:
-    with warnings.catch_warnings():  # torch_geometric runs torch.jit.script, which is deprecated, when it is imported
-        warnings.simplefilter("ignore")
-        return require("torch_geometric.data", extra="graphs")
+    return require("torch_geometric.data", extra="graphs", quiet=True)
 
 
 def _frame(

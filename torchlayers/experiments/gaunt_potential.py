@@ -8,7 +8,6 @@ processor time of a training step, and how far the energy drifts in molecular dy
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +24,7 @@ from ..gaunt.potential import GauntPotential, neighbor_list, reference_energies
 from ..training import Config, Data, DataConfig, Task, group, key, register
 from ..training.plots import new_figure
 from ..training.task import Sums
+from ._timing import seconds
 
 # Frames that the constants of the model are taken from.
 _STATISTICS = 1000
@@ -159,7 +159,7 @@ class PotentialTask(Task):
         self.scale = float(model.energy_scale)  # type: ignore[arg-type]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-        self._clock.append(_seconds(batch.pos.device))
+        self._clock.append(seconds(batch.pos.device))
         found = model(batch)
         count = torch.bincount(batch.batch, minlength=batch.num_graphs)
         energy = ((found["energy"] - batch.energy) / count / self.scale).square()
@@ -227,11 +227,6 @@ class PotentialTask(Task):
             ax.set_ylabel("meV an atom, from the start")
             ax.grid(alpha=0.3)
         figure.savefig(folder / "energy_conservation.png", dpi=130)
-
-
-def _seconds(device: torch.device) -> float:
-    """On a CPU the process's own time, so that other work on the machine does not count; else wall-clock time."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def _without(frames: Frames, isolated: Mapping[int, float]) -> Frames:

@@ -158,7 +158,7 @@ class TetrisTask(Task):
 
     def build_data(self) -> Data:
         data = self.config.data
-        graph = require("torch_geometric.data", extra="graphs").Data
+        graph = require("torch_geometric.data", extra="graphs", quiet=True).Data
         labels = torch.zeros(8, 7)
         labels[0, 0], labels[1, 0] = 1, -1
         labels[2:, 1:] = torch.eye(6)

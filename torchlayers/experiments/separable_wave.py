@@ -11,7 +11,6 @@ depends on ``u(t)`` alone. So the network gets the mirror image of the past and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..separable_conv import SeparableConv2d, SeparableConv3d
 from ..tfno import TFNO
 from ..training import Config, Data, DataConfig, Task, group, key, register
 from ..training.plots import field_panels, new_figure
+from ._timing import seconds
 
 FORMATS = ("dense", "seq", "cp", "kernelwise", "tfno")
 
@@ -291,12 +291,11 @@ class WaveTask(Task):
 
 def _milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least of some calls' times: the processor's on a CPU, the clock's elsewhere."""
-    on_cpu = device.type == "cpu"
 
     def now() -> float:
-        if not on_cpu:
+        if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        return time.process_time() if on_cpu else time.perf_counter()
+        return seconds(device)
 
     call()
     found = []

@@ -25,6 +25,7 @@ from .._attention import no_autocast
 from .._backend import import_kernels, is_traced, use_triton
 from .._checks import check_dtype, check_int, check_ndim, check_same_device, check_size
 from .._tables import register_table, table
+from .arguments import common_dtype, kept_degree
 from .sphere import grid_size, spherical_harmonics
 
 __all__ = ["EdgeOrder", "convolve", "edge_order", "gaunt_convolution"]
@@ -432,9 +433,7 @@ def gaunt_convolution(
     """
     check_int("lmax", lmax, minimum=0)
     check_int("lmax_filter", lmax_filter, minimum=0)
-    lmax_out = lmax + lmax_filter if lmax_out is None else check_int("lmax_out", lmax_out, minimum=0)
-    if lmax_out > lmax + lmax_filter:
-        raise ValueError(f"lmax_out must be at most lmax + lmax_filter = {lmax + lmax_filter}, got {lmax_out}")
+    lmax_out = kept_degree(lmax_out, lmax + lmax_filter, "lmax + lmax_filter")
     check_ndim("x", x, 3, "(nodes, channels, components)")
     check_ndim("edge_vec", edge_vec, 2, "(edges, 3)")
     check_ndim("filter_coeff", filter_coeff, 3, "(edges, channels, lmax_filter + 1)")
@@ -458,15 +457,8 @@ def gaunt_convolution(
     else:
         check_size("x", x, 0, edge_vec.shape[0], "the edges of edge_vec")
 
-    dtype, wide = x.dtype, torch.float64 in {t.dtype for t in tensors.values()}
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and not wide:
-        dtype = torch.float32
-    else:
-        for name, tensor in tensors.items():
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name} must have the dtype of x, {dtype}, got {tensor.dtype}")
-    compute = torch.promote_types(dtype, torch.float32)
-    x, edge_vec, filter_coeff = (t.to(compute) for t in tensors.values())
+    found, dtype = common_dtype(**tensors)
+    x, edge_vec, filter_coeff = (t.to(torch.promote_types(dtype, torch.float32)) for t in found)
     sizes = {"lmax": lmax, "lmax_filter": lmax_filter, "lmax_out": lmax_out}
     with no_autocast(x):
         z = convolve(x, edge_vec, filter_coeff, edge_index, **sizes, antisymmetric=bool(antisymmetric), backend=backend)

@@ -13,6 +13,7 @@ from .._backend import import_kernels, use_triton
 from .._checks import check_choice, check_dtype, check_int, check_same_device, check_size
 from .._tables import table
 from . import grid
+from .arguments import common_dtype, kept_degree
 from .convolution import gaunt_convolution
 from .sparse import SparseSpec, gaunt_spec, sparse_product
 
@@ -92,27 +93,27 @@ def gaunt_tensor_product(
     """
     check_int("lmax1", lmax1, minimum=0)
     check_int("lmax2", lmax2, minimum=0)
-    lmax_out = _checked_out(lmax_out, lmax1 + lmax2, "lmax1 + lmax2")
+    lmax_out = kept_degree(lmax_out, lmax1 + lmax2, "lmax1 + lmax2")
     check_choice("method", method, METHODS)
     _check_signal("x", x, lmax1, "lmax1")
     _check_signal("y", y, lmax2, "lmax2")
     check_same_device("y", y, "x", x)
     _check_broadcast(x, y)
-    x, y, finish = _computed(x, y)
+    (x, y), dtype = common_dtype(x=x, y=y)
     antisymmetric = bool(antisymmetric)
     with no_autocast(x):
         if method == "auto":
             method = _fastest(x, y, (lmax1, lmax2), lmax_out, backend)
         if method == "sparse":
-            return finish(_sparse(x, y, lmax1, lmax2, lmax_out, antisymmetric, backend))
+            return _sparse(x, y, lmax1, lmax2, lmax_out, antisymmetric, backend).to(dtype)
         unsupported = f"method={method!r}" if method != "grid" else _unsupported((lmax1, lmax2), lmax_out, x)
         if use_triton("sphere_product", x, backend, unsupported):
-            return finish(_product_kernel(x, y, lmax1, lmax2, lmax_out, antisymmetric))
+            return _product_kernel(x, y, lmax1, lmax2, lmax_out, antisymmetric).to(dtype)
         x, y = _widened(x), _widened(y)
         if method == "dense":
-            return finish(_dense(x, y, lmax1, lmax2, lmax_out, antisymmetric))
+            return _dense(x, y, lmax1, lmax2, lmax_out, antisymmetric).to(dtype)
         z = grid.contract((x, y), (lmax1, lmax2), (0, 1), lmax_out, method=method, bracket=antisymmetric)
-        return finish(z)
+        return z.to(dtype)
 
 
 def gaunt_many_body(x: Tensor, lmax: int, correlation: int, lmax_out: int, *, backend: str | None = None) -> Tensor:
@@ -148,28 +149,20 @@ def gaunt_many_body(x: Tensor, lmax: int, correlation: int, lmax_out: int, *, ba
     check_int("lmax", lmax, minimum=0)
     check_int("correlation", correlation)
     check_int("lmax_out", lmax_out, minimum=0)
-    lmax_out = _checked_out(lmax_out, correlation * lmax, "correlation * lmax")
+    lmax_out = kept_degree(lmax_out, correlation * lmax, "correlation * lmax")
     _check_signal("x", x, lmax, "lmax")
-    x, finish = _computed(x)
+    (x,), dtype = common_dtype(x=x)
     if correlation == 1:
-        return finish(x[..., : (lmax_out + 1) ** 2].clone())
+        return x[..., : (lmax_out + 1) ** 2].clone().to(dtype)
     with no_autocast(x):
         factors = (0,) * correlation
         if use_triton("sphere_power", x, backend, _unsupported((lmax,), lmax_out, x)):
-            return finish(_power_kernel(x, lmax, correlation, lmax_out))
+            return _power_kernel(x, lmax, correlation, lmax_out).to(dtype)
         method = _cheapest((lmax,), factors, lmax_out, False)
-        return finish(grid.contract((_widened(x),), (lmax,), factors, lmax_out, method=method))
+        return grid.contract((_widened(x),), (lmax,), factors, lmax_out, method=method).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
-
-
-def _checked_out(lmax_out: int | None, highest: int, what: str) -> int:
-    if lmax_out is None:
-        return highest
-    if check_int("lmax_out", lmax_out, minimum=0) > highest:
-        raise ValueError(f"lmax_out must be at most {what} = {highest}, got {lmax_out}")
-    return lmax_out
 
 
 def _check_signal(name: str, x: object, lmax: int, degree: str) -> None:
@@ -188,20 +181,6 @@ def _check_broadcast(x: Tensor, y: Tensor) -> None:
                 f"y must have batch and channel dimensions that broadcast with those of x, {tuple(x.shape[:-1])}, "
                 f"got {tuple(y.shape[:-1])}"
             )
-
-
-def _computed(x: Tensor, *others: Tensor):
-    """The tensors as they are computed with, and what gives the result its dtype."""
-    device = x.device.type
-    tensors = (x, *others)
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    if device != "meta" and torch.is_autocast_enabled(device) and not wide:
-        return (*(t.float() for t in tensors), lambda z: z)
-    for other in others:
-        if other.dtype != x.dtype:
-            raise TypeError(f"y must have the dtype of x, {x.dtype}, got {other.dtype}")
-    dtype = x.dtype
-    return (*tensors, lambda z: z.to(dtype))
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -6,10 +6,7 @@ pseudo-signal with the opposite (0o, 1e, 2o, ...). Irreps of mixed parity are tw
 
 from __future__ import annotations
 
-import importlib
 import math
-import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, require
-from .._tables import register_table, table
+from .._tables import as_bits, from_bits, register_table, table
 
 __all__ = [
     "LAYOUTS",
@@ -43,10 +40,8 @@ def e3nn_o3() -> ModuleType:
     Raises:
         ImportError: e3nn is not installed; the message names the extra.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        require("e3nn", extra="gaunt")
-        return importlib.import_module("e3nn.o3")
+    require("e3nn", extra="gaunt", quiet=True)
+    return require("e3nn.o3", extra="gaunt", quiet=True)
 
 
 class FlatIrreps:
@@ -141,9 +136,9 @@ def join_degrees(parts: Mapping[int, Tensor], lmax: int) -> Tensor:
     return pieces[0] if lmax == 0 else torch.cat(pieces, dim=-1)
 
 
-def split_degrees(signal: Tensor) -> tuple[Tensor, ...]:
-    """(..., (lmax + 1)²) by degree: (..., 2l + 1) for l = 0 ... lmax, views."""
-    return signal.split([2 * degree + 1 for degree in range(math.isqrt(signal.shape[-1]))], dim=-1)
+def split_degrees(signal: Tensor, dim: int = -1) -> tuple[Tensor, ...]:
+    """(..., (lmax + 1)²) by degree: (..., 2l + 1) for l = 0 ... lmax, views; ``dim`` is the one of the components."""
+    return signal.split([2 * degree + 1 for degree in range(math.isqrt(signal.shape[dim]))], dim=dim)
 
 
 def spread_over_degrees(weight: Tensor, degrees: Sequence[int]) -> Tensor:
@@ -166,11 +161,10 @@ def _degree_places(mask: int) -> Tensor:
 
 def constants(values: Sequence[float], like: Tensor) -> Tensor:
     """``values`` as a tensor of the dtype and on the device of ``like``, a cached table that stands in no graph."""
-    bits = struct.unpack(f"<{len(values)}q", struct.pack(f"<{len(values)}d", *values))
-    return table("gaunt_constants", *bits, dtype=like.dtype, device=like.device)
+    return table("gaunt_constants", *as_bits(values), dtype=like.dtype, device=like.device)
 
 
 @register_table("gaunt_constants", shape=lambda *bits: (len(bits),))
 def _constants(*bits: int) -> Tensor:
     """The float64 numbers with these bits."""
-    return torch.tensor(struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits)), dtype=torch.float64)
+    return torch.tensor(from_bits(bits), dtype=torch.float64)

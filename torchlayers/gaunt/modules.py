@@ -387,7 +387,16 @@ class _WeightedProduct(nn.Module):
             for coupling, weights, pieces in self._pieces(source)
         ]
 
-    def _multiply(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, y: Tensor, weight: object) -> Tensor:
+        """The product of checked features with the weights of the call, or the module's own."""
+        weight = self._own_or(weight)
+        if weight.ndim > 1:
+            _check_leading("weight", weight, "x", x)
+        check_same_device("weight", weight, "x", x)
+        with no_autocast(x):
+            return self._product(x, y, weight)
+
+    def _product(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), weight.dtype)
         x, y, weight = x.to(dtype), y.to(dtype), weight.to(dtype)
         first, second = self._first.split(x), self._second.split(y)
@@ -536,12 +545,7 @@ class GauntTensorProduct(_WeightedProduct):
         _check_features("y", y, self._second)
         _check_leading("y", y, "x", x)
         check_same_device("y", y, "x", x)
-        weight = self._own_or(weight)
-        if weight.ndim > 1:
-            _check_leading("weight", weight, "x", x)
-        check_same_device("weight", weight, "x", x)
-        with no_autocast(x):
-            return self._multiply(x, y, weight)
+        return self._multiply(x, y, weight)
 
     def extra_repr(self) -> str:
         connection = f", connection={self.connection!r}"
@@ -624,12 +628,7 @@ class GauntSelfInteraction(_WeightedProduct):
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """(..., irreps_in.dim) -> (..., irreps_out.dim)."""
         _check_features("x", x, self._first)
-        weight = self._own_or(weight)
-        if weight.ndim > 1:
-            _check_leading("weight", weight, "x", x)
-        check_same_device("weight", weight, "x", x)
-        with no_autocast(x):
-            return self._multiply(x, x, weight)
+        return self._multiply(x, x, weight)
 
     def extra_repr(self) -> str:
         return f"{self.irreps_in} -> {self.irreps_out}{self._options_repr()}"

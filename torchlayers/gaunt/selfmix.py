@@ -11,6 +11,7 @@ from .._attention import no_autocast
 from .._checks import check_dtype, check_int, check_size
 from .coefficients import bracket_scale, gaunt_scale
 from .functional import gaunt_tensor_product
+from .irreps import split_degrees
 
 __all__ = ["SelfMix"]
 
@@ -117,18 +118,15 @@ class SelfMix(nn.Module):
             method=self.method,
             backend=self.backend,
         )
-        pieces = self._degrees(z, -1)
+        pieces = split_degrees(z)
         return torch.cat([p * scale for p, scale in zip(pieces, self._scales[antisymmetric], strict=True)], dim=-1)
 
     def _normalized(self, x: Tensor) -> Tensor:
-        squares = [piece.square().mean((-2, -1), keepdim=True) for piece in self._degrees(x, -2)]
+        squares = [piece.square().mean((-2, -1), keepdim=True) for piece in split_degrees(x, -2)]
         return x * (torch.stack(squares).mean(0) + self.eps).rsqrt()
 
-    def _degrees(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
-        return x.split([2 * degree + 1 for degree in range(self.lmax + 1)], dim=dim)
-
     def _mix(self, weight: Tensor, x: Tensor) -> Tensor:
-        pieces = self._degrees(x, -2)
+        pieces = split_degrees(x, -2)
         return torch.cat([piece @ w for piece, w in zip(pieces, weight.unbind(), strict=True)], dim=-2)
 
     def extra_repr(self) -> str:

@@ -18,7 +18,6 @@ Source: Luo et al., arXiv 2401.10216 (the Gaunt product); paths and weights as i
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from .._attention import no_autocast
 from .._backend import import_kernels, use_triton
 from .._checks import check_choice, check_dtype, check_int, check_ndim, check_same_device, check_size
-from .._tables import register_table, table
+from .._tables import as_bits, from_bits, register_table, table
 from .coefficients import bracket_coefficients, clebsch_gordan, gaunt_coefficients, paths
 
 __all__ = ["SparsePath", "SparseSpec", "gaunt_spec", "sparse_product"]
@@ -151,15 +150,14 @@ def _scalar(path: SparsePath) -> float:
 
 def _encoded(path: SparsePath) -> tuple[int, ...]:
     """The path as ints, which is what names a table: the factor by its bits."""
-    return (*path[:6], _NAMES.index(path.kind), struct.unpack("<q", struct.pack("<d", path.scale))[0])
+    return (*path[:6], _NAMES.index(path.kind), *as_bits([path.scale]))
 
 
 def _decoded(code: tuple[int, ...]) -> list[SparsePath]:
     paths = []
     for start in range(3, len(code), _FIELDS):
         offset1, l1, offset2, l2, offset3, l3, kind, bits = code[start : start + _FIELDS]
-        (scale,) = struct.unpack("<d", struct.pack("<q", bits))
-        paths.append(SparsePath(offset1, l1, offset2, l2, offset3, l3, _NAMES[kind], scale))
+        paths.append(SparsePath(offset1, l1, offset2, l2, offset3, l3, _NAMES[kind], *from_bits([bits])))
     return paths
 
 

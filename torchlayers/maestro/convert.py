@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._surgery import ConversionReport, Skip, _check_not_wrapped, convert, register_conversion
+from .._surgery import ConversionReport, Skip, _check_not_wrapped, convert, lies_under, register_conversion
 from .attention import LowRankMultiheadAttention, capped_rank
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankEmbedding, LowRankLayer, LowRankLinear
 from .ordered import low_rank_layers
@@ -147,7 +146,7 @@ def factorize(
     capped_rank(max_rank, 1)
 
     def wanted(module: nn.Module, name: str) -> bool:
-        return not _fits(name, skip_names) and (not only_names or _fits(name, only_names))
+        return not lies_under(name, skip_names) and (not only_names or lies_under(name, only_names))
 
     if not inplace:
         _check_can_copy(named)
@@ -267,7 +266,7 @@ def _selection(
     patterns, kinds = [], []
     for entry in entries:
         if isinstance(entry, str):
-            if not any(_fits(n, (entry,)) for n in names):
+            if not any(lies_under(n, (entry,)) for n in names):
                 near = difflib.get_close_matches(entry, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{name} must name modules of the model, got {entry!r}, which fits none{hint}")
@@ -277,13 +276,6 @@ def _selection(
         else:
             raise TypeError(f"{name} must hold names and module classes, got {entry!r} ({type(entry).__name__})")
     return tuple(patterns), tuple(kinds)
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    """``name`` or a module that it is in fits a pattern."""
-    parts = name.split(".")
-    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatchcase(part, pattern) for part in above for pattern in patterns)
 
 
 # Tied weights

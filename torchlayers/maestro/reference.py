@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..factorized import balanced_svd
+
 __all__ = ["balanced_factors", "importance", "low_rank_conv", "low_rank_embedding", "low_rank_linear"]
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -157,11 +159,11 @@ def balanced_factors(weight: Tensor, max_rank: int | None = None, gram: Tensor |
         The factors in float64, or float32 where the weight has more than 4096² entries.
     """
     dtype = torch.float64 if weight.numel() <= DOUBLE_LIMIT else torch.float32
+    if gram is None:
+        left, right = balanced_svd(weight.detach().to(dtype), max_rank)
+        return right, left
     u, s, vh = torch.linalg.svd(weight.detach().to(dtype), full_matrices=False)
     right = s[:, None] * vh
-    if gram is None:
-        root = s.sqrt()[:max_rank, None]
-        return root * vh[:max_rank], u[:, :max_rank] * root.t()
     # Within the span of u the rotation q is square, so that u q qᵀ right is the weight itself, whatever C's rank.
     gram = gram.detach().to(dtype)
     if gram.ndim == 1:

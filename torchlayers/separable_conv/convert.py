@@ -16,7 +16,7 @@ from torch.utils import benchmark
 
 from .. import _surgery
 from .._checks import check_choice
-from .._surgery import ConversionReport, Skip, register_conversion
+from .._surgery import ConversionReport, Skip, lies_under, register_conversion
 from .modules import (
     FORMATS,
     Rank,
@@ -135,15 +135,12 @@ def convert(
     config = SeparableConfig(format, rank, init)
     patterns = [s for s in skip if isinstance(s, str)]
     classes = tuple(s for s in skip if not isinstance(s, str))
-    left: set[str] = {
-        name
-        for name, module in model.named_modules()
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns) or isinstance(module, classes)
-    }
+    left = [*patterns, *(name for name, module in model.named_modules() if isinstance(module, classes))]
+    # The model itself has the name "", which is above all others.
+    whole = any(fnmatch.fnmatchcase("", pattern) for pattern in left)
 
     def wanted(module: nn.Module, name: str) -> bool:
-        parts = name.split(".")
-        return not any(".".join(parts[:n]) in left for n in range(1, len(parts) + 1)) and "" not in left
+        return not whole and not lies_under(name, left)
 
     inputs, dense = {}, {}
     if example_input is not None:

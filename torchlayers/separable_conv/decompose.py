@@ -13,17 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["cp_als", "kernelwise_factors", "split", "unit_terms"]
+from ..factorized import balanced_svd
 
-
-def split(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors (…, m, r), (…, r, n) of matrices (…, m, n); each carries the roots of the singular values.
-
-    Source: Eckart and Young, Psychometrika 1 (1936).
-    """
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = s[..., :rank].sqrt()
-    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
+__all__ = ["cp_als", "kernelwise_factors", "unit_terms"]
 
 
 def kernelwise_factors(weight: Tensor, rank: int) -> list[Tensor]:
@@ -31,13 +23,13 @@ def kernelwise_factors(weight: Tensor, rank: int) -> list[Tensor]:
     kernel = weight.shape[2:]
     if len(kernel) == 1:
         return [weight.unsqueeze(2)]
-    u, rest = split(weight.flatten(3), min(kernel[0], math.prod(kernel[1:])))
+    u, rest = balanced_svd(weight.flatten(3), min(kernel[0], math.prod(kernel[1:])))
     factors = [u.transpose(2, 3)]  # (O, C, q, k0)
     if len(kernel) == 2:
         factors.append(rest)
     else:
         inner = rest.unflatten(-1, kernel[1:])  # (O, C, q, k1, k2)
-        a, b = split(inner, min(kernel[1:]))  # (O, C, q, k1, s), (O, C, q, s, k2)
+        a, b = balanced_svd(inner, min(kernel[1:]))  # (O, C, q, k1, s), (O, C, q, s, k2)
         terms = a.shape[-1]
         factors = [
             factors[0].repeat_interleave(terms, dim=2),

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .._backend import BACKENDS
 from .._checks import check_choice, check_dtype, check_int
+from ..factorized import balanced_svd
 from . import decompose
 from .functional import _check_input, separable_conv, separable_conv_transpose
 from .reference import chain_weight, kernelwise_weight
@@ -98,7 +99,7 @@ class _SeparableConv(nn.Module):
         self._as_dense = self.format == "kernelwise" or count >= self._dense_count
         if count > self._dense_count:
             warnings.warn(
-                f"rank={_shown(self.rank)} costs more than the dense layer ({count:,} weights against "
+                f"rank={self.rank} costs more than the dense layer ({count:,} weights against "
                 f"{self._dense_count:,}); {self.format!r} breaks even at rank {self.break_even_rank}",
                 UserWarning,
                 stacklevel=4,
@@ -208,7 +209,7 @@ class _SeparableConv(nn.Module):
             return pair
         check_int("rank", rank)
         if rank > (max(full) if isinstance(full, tuple) else full):  # type: ignore[operator]
-            raise ValueError(f"rank must be at most the full rank {_shown(full)}, got {rank}")
+            raise ValueError(f"rank must be at most the full rank {full}, got {rank}")
         return self._clip(rank)  # type: ignore[arg-type]
 
     # Weights
@@ -264,7 +265,7 @@ class _SeparableConv(nn.Module):
             return [by_axis[a] for a in self.order]
         blocks = weight.unflatten(0, (g, -1))  # (g, O, C, *kernel)
         if self.format == "depthwise":
-            left, right = decompose.split(blocks.transpose(1, 2).flatten(3), int(self.rank))  # type: ignore[arg-type]
+            left, right = balanced_svd(blocks.transpose(1, 2).flatten(3), int(self.rank))  # type: ignore[arg-type]
             return [right, left.transpose(1, 2)]  # (g, C, R, K) and (g, O, C, R)
         if self.format == "cp":
             parts = [self._cp_of(block) for block in blocks]
@@ -278,7 +279,7 @@ class _SeparableConv(nn.Module):
         for r in ranks:
             # (g, before, k, ...) cut between k and what follows.
             before, k = rest.shape[1], rest.shape[2]
-            left, right = decompose.split(rest.flatten(1, 2).flatten(2), r)
+            left, right = balanced_svd(rest.flatten(1, 2).flatten(2), r)
             out.append(left.transpose(1, 2).unflatten(-1, (before, k)))  # (g, R, before, k)
             rest = right.unflatten(-1, rest.shape[3:])
         last = rest  # (g, R, k, O)
@@ -299,8 +300,6 @@ class _SeparableConv(nn.Module):
         ``torch.nn`` draws, decompose it in balance and scale it to its norm. (A default start of each filter would
         divide the variance by three a filter.) The bias is drawn as ``torch.nn`` draws it.
         """
-        if any(is_lazy(p) for p in self.parameters()):
-            return
         fan_in = math.prod(self._dense_shape[1:])
         if not self.factors[0].is_meta:
             if self.format == "cp":
@@ -418,7 +417,7 @@ class _SeparableConv(nn.Module):
         if self.bias is None:
             text += ", bias=False"
         share = self._count(self.rank) / self._dense_count if self._dense_count else 1.0
-        return f"{text}, format={self.format!r}, rank={_shown(self.rank)}, weights={share:.1%} of dense"
+        return f"{text}, format={self.format!r}, rank={self.rank}, weights={share:.1%} of dense"
 
 
 def _arguments(conv: Any) -> dict[str, Any]:
@@ -427,10 +426,6 @@ def _arguments(conv: Any) -> dict[str, Any]:
     if isinstance(conv, (nn.ConvTranspose2d, SeparableConvTranspose2d)):
         names.append("output_padding")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
-
-
-def _shown(rank: object) -> str:
-    return str(rank)
 
 
 class SeparableConv1d(_SeparableConv):
@@ -635,13 +630,10 @@ class _LazySeparableConv(nn.modules.lazy.LazyModuleMixin, _SeparableConv):
     def __init__(self, out_channels: int, kernel_size: int | tuple[int, ...], *args: Any, **options: Any) -> None:
         # One channel a group stands in until the first call; the filters are not allocated before it.
         groups = options.get("groups", args[3] if len(args) > 3 else 1)
-        self._late = True
         super().__init__(groups if isinstance(groups, int) else 1, out_channels, kernel_size, *args, **options)
         self.in_channels = 0
 
     def _build(self, bias: bool, **factory: Any) -> None:
-        if not self.__dict__.pop("_late"):
-            raise RuntimeError("a lazy layer builds itself at its first call")
         for name, _ in self._stages:
             setattr(self, name, UninitializedParameter(**factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None)
