@@ -11,8 +11,9 @@ PYTEST := $(PY) -m pytest -q -n 2 --dist worksteal --durations=10
 EXPERIMENT ?= tfno_darcy
 ARGS ?=
 FAMILY ?=
+TORCH ?=
 
-.PHONY: help setup setup-dev train test test-all lint format gpu aot bench docs clean
+.PHONY: help setup setup-dev train test test-all test-versions lint format gpu aot bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
@@ -41,6 +42,9 @@ test-all: .venv/.dev  ## all tests, the slow ones too
 	@$(TEST_ENV) $(PYTEST) -m "not gpu"
 	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) tests -m interpret
 
+test-versions:  ## the tests with another Python and torch, the rest newest: make test-versions PYTHON=python3.12 TORCH=2.14.1
+	@PYTHON=$(PYTHON) TORCH=$(TORCH) bash tools/test_versions.sh $(ARGS)
+
 lint: .venv/.dev  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -62,8 +66,9 @@ bench: .venv/.dev  ## all CPU benchmarks into benchmarks/results, then the plots
 	@$(PY) -m benchmarks.plot
 	@$(PY) -m benchmarks.table
 
-docs: .venv/.dev
-	@echo "no documentation site yet: the docstrings and README.md are the documentation" && exit 1
+docs: .venv/.dev  ## the documentation as HTML in docs/_build, offline; warnings are errors
+	@$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs: docs/_build/index.html"
 
 clean:  ## remove the environment and the caches
-	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv .cache build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -66,7 +66,10 @@ def ratio_cell(entry: Mapping[str, Any]) -> str:
 
 
 def memory_cell(entry: Mapping[str, Any]) -> str:
-    return size(entry["peak_bytes"]) if "peak_bytes" in entry else MISSING
+    if "peak_bytes" not in entry:
+        return MISSING
+    kept = f" ({size(entry['kept_bytes'])} kept)" if "kept_bytes" in entry else ""
+    return size(entry["peak_bytes"]) + kept
 
 
 def rate_cell(entry: Mapping[str, Any]) -> str:
@@ -82,6 +85,12 @@ def rate_cell(entry: Mapping[str, Any]) -> str:
     return ", ".join(words) or MISSING
 
 
+def cost_cells(row: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Weights and floating-point operations of an implementation."""
+    costs = row.get("work", {}).get("costs", {}).get(name)
+    return (f"{costs['weights']:,}", f"{costs['flops']:.3g}") if costs else (MISSING, MISSING)
+
+
 def error_cell(entry: Mapping[str, Any]) -> str:
     return f"{entry['error']:.0e}" if entry.get("error") is not None else MISSING
 
@@ -94,8 +103,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report(family: str, result: Mapping[str, Any]) -> str:
-    """All that was measured of a family, as one markdown table a line per implementation, and one of exponents."""
+    """All that was measured of a family, as one markdown table a line per implementation, and one of exponents.
+
+    A family whose rows say what each implementation costs has a column for its weights and one for its arithmetic.
+    """
     lines = []
+    costly = any("costs" in row.get("work", {}) for row in result["rows"])
     for row in result["rows"]:
         for name, entry in row["implementations"].items():
             host = f"{entry['host_us']:.0f} µs" if "host_us" in entry else MISSING
@@ -104,6 +117,7 @@ def report(family: str, result: Mapping[str, Any]) -> str:
                 shape(row["case"]) if first else "",
                 row["mode"] if first else "",
                 name,
+                *(cost_cells(row, name) if costly else ()),
                 time_cell(entry),
                 "" if first else ratio_cell(entry),
                 rate_cell(entry),
@@ -111,7 +125,8 @@ def report(family: str, result: Mapping[str, Any]) -> str:
                 memory_cell(entry),
                 error_cell(entry),
             ])  # fmt: skip
-    header = ["case", "pass", "who", "time", "theirs / ours", "rate", "host per call", "peak memory", "error"]
+    costs = ["weights", "FLOP"] if costly else []
+    header = ["case", "pass", "who", *costs, "time", "theirs / ours", "rate", "host per call", "peak memory", "error"]
     blocks = [f"## {family}", markdown(header, lines)]
     if result["scaling"]:
         fits = [

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.table``: README.md's performance table, from the committed result files.
+"""``python -m benchmarks.table``: the performance tables of README.md and docs/performance.md, from the result files.
 
 The region between the two markers is rewritten; ``--check`` only says whether it is current (exit code 1 if not).
-Headline cases that no result file holds are listed as not measured.
+Headline cases that no result file holds are listed as not measured: one by one in the documentation, by their number
+in README.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADER = ("case", "pass", "on", "ours", "their time / ours", "peak memory", "error")
 NOT_MEASURED = "not measured"
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
+# The pages that hold a table, and whether it is the brief one.
+PAGES = {"README.md": True, "docs/performance.md": False}
 
 Document = Mapping[str, Any]
 
@@ -86,6 +89,7 @@ def render(
     documents: Mapping[str, Document],
     families: Sequence[str],
     expected: Mapping[tuple[str, str], Iterable[tuple[dict[str, Any], str]]],
+    brief: bool = False,
 ) -> str:
     """The region's text. ``expected`` maps (device type, family) to the headline pairs (labels, mode)."""
     blocks, used = [], []
@@ -104,9 +108,9 @@ def render(
                 found = {(_key(r["case"]), r["mode"]): r for r in rows}
                 keys = [(_key(labels), mode) for labels, mode in pairs]
                 lines += [_line(r, device) for k, r in found.items() if r["headline"] or k in keys]
-                lines += _unmeasured([p for p, k in zip(pairs, keys, strict=True) if k not in found], device)
+                lines += _unmeasured([p for p, k in zip(pairs, keys, strict=True) if k not in found], device, brief)
             if not sources:
-                lines += _unmeasured(pairs, KINDS[kind])
+                lines += _unmeasured(pairs, KINDS[kind], brief)
         if lines:
             blocks.append(f"**{family}**\n\n{markdown(HEADER, lines)}")
     if used:
@@ -122,42 +126,47 @@ def _key(labels: Mapping[str, Any]) -> tuple:
     return tuple(sorted(labels.items()))
 
 
-def _unmeasured(pairs: Iterable[tuple[dict[str, Any], str]], device: str) -> list[list[str]]:
-    """A line per shape, its passes together."""
+def _unmeasured(pairs: Iterable[tuple[dict[str, Any], str]], device: str, brief: bool) -> list[list[str]]:
+    """A line per shape, its passes together; or one for all of them."""
     passes: dict[str, list[str]] = {}
     for labels, mode in pairs:
         passes.setdefault(shape(labels), []).append(mode)
+    if brief and len(passes) > 1:
+        passes = {f"{len(passes)} shapes": list(dict.fromkeys(mode for modes in passes.values() for mode in modes))}
     return [[case, ", ".join(modes), device, NOT_MEASURED, *[MISSING] * 3] for case, modes in passes.items()]
 
 
-def current_text() -> str:
+def current_text(brief: bool) -> str:
     """The region as the committed result files have it."""
     names = families()
-    return render(load_documents(), names, {(kind, f): expected(kind, f) for kind in KINDS for f in names})
+    return render(load_documents(), names, {(kind, f): expected(kind, f) for kind in KINDS for f in names}, brief)
 
 
-def replaced(readme: str, text: str) -> str:
-    """``readme`` with the region between the markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and after it {END}, once each")
-    head, rest = readme.split(BEGIN)
+def replaced(page: str, text: str) -> str:
+    """``page`` with the region between the markers replaced."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page must hold {BEGIN} and after it {END}, once each")
+    head, rest = page.split(BEGIN)
     return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is current")
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are current")
     options = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = replaced(old, current_text())
-    if new == old:
-        return 0
-    if options.check:
-        print("README.md's performance table is stale: run `python -m benchmarks.table`", file=sys.stderr)
-        return 1
-    path.write_text(new)
-    return 0
+    stale = 0
+    for name, brief in PAGES.items():
+        path = ROOT / name
+        old = path.read_text()
+        new = replaced(old, current_text(brief))
+        if new == old:
+            continue
+        if options.check:
+            print(f"{name}'s performance table is stale: run `python -m benchmarks.table`", file=sys.stderr)
+            stale = 1
+        else:
+            path.write_text(new)
+    return stale
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ To add a kernel file ``kernels/<name>.py``:
    from :func:`dot_precision`. A bfloat16 ``tl.dot`` is upcast under ``INTERPRET``, where it is silently wrong.
 3. Register: ``op = custom_op("name", launcher)``, ``register_reference(op, plain_torch)``, ``op.register_fake``,
    ``op.register_autograd``. One operation per hot path; where double backward is promised, backward calls operations.
-4. ``register_config`` the production configurations, taken from the same list that :func:`pick` gets: these are
+4. :func:`register_defaults` the production configurations, taken from the same list that :func:`pick` gets: these are
    compiled ahead of time for every target (``python -m torchlayers.kernels._aot``, tests/kernels/test_aot.py).
 5. Add inputs for ``opcheck`` to tests/kernels/test_ops.py and a test of values, gradients and awkward shapes beside
    tests/kernels/test_tdft.py; both fail, or list the kernel as missing, until they are there.
@@ -139,6 +139,32 @@ def dot_float32(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, LOW: tl.constexpr):
+    """``acc + a @ b``; LOW: 16-bit operands as they are (the interpreter gets them as float32)."""
+    if LOW:
+        return tl.dot(a, b, acc)
+    elif PRECISION == "ieee":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return dot_float32(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
+
+
+@triton.jit
+def append_tile(tiles, tile):
+    """The tuple ``tiles`` with one more."""
+    return tiles + (tile,)  # noqa: RUF005 (Triton compiles no starred expressions)
+
+
+@triton.jit
+def zero_tiles(M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
+    """A tuple of float32 zeros [M, N], for accumulators in a loop over tiles that is unrolled."""
+    tiles = ()
+    for _ in tl.static_range(TILES):
+        tiles = append_tile(tiles, tl.zeros((M, N), tl.float32))
+    return tiles
+
+
 # Choosing a configuration
 
 
@@ -249,6 +275,46 @@ def register_config(config: KernelConfig) -> KernelConfig:
         raise ValueError(f"config.name must be unique, got {config.name!r} twice")
     _CONFIGS[config.name] = config
     return config
+
+
+def register_defaults(
+    kernel: Any,
+    name: str,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    default: Callable[[Target], dict[str, Any]],
+    *,
+    tensor_cores: bool | Callable[[dict[str, Any]], bool] = True,
+    spill_budget: dict[str, int] | None = None,
+    note: str = "",
+) -> None:
+    """Register what ``default`` launches on each target: one entry for the targets that share a configuration.
+
+    Args:
+        kernel, name, signature, constexprs, spill_budget, note: see :class:`KernelConfig`; where targets differ, their
+            names follow ``name`` behind an ``@``.
+        default: the launch configuration that a target gets unmeasured: constexprs, ``num_warps``, ``num_stages``.
+        tensor_cores: see :class:`KernelConfig`; a callable is asked with the launch configuration.
+    """
+    chosen = {target: default(machine) for target, machine in TARGETS.items()}
+    while chosen:
+        meta = next(iter(chosen.values()))
+        targets = tuple(target for target, other in chosen.items() if other == meta)
+        chosen = {target: other for target, other in chosen.items() if target not in targets}
+        options = {k: meta[k] for k in ("num_warps", "num_stages")}
+        register_config(
+            KernelConfig(
+                kernel=kernel,
+                name=name if len(targets) == len(TARGETS) else f"{name}@{'+'.join(targets)}",
+                signature=signature,
+                constexprs=constexprs | {k: meta[k] for k in meta if k not in options},
+                targets=targets,
+                tensor_cores=tensor_cores(meta) if callable(tensor_cores) else tensor_cores,
+                spill_budget={target: n for target, n in (spill_budget or {}).items() if target in targets},
+                note=note,
+                **options,
+            )
+        )
 
 
 def registered_configs() -> Sequence[KernelConfig]:

@@ -28,31 +28,19 @@ import triton.language as tl
 from . import _lib
 from ._lib import (
     INTERPRET,
-    KernelConfig,
     Target,
     bucket,
     cdiv,
     custom_op,
-    dot_float32,
+    dot,
     dot_precision,
-    register_config,
+    register_defaults,
     register_reference,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256  # the widest h that a program holds in registers
 _SLICE = 16  # h is stored in multiples of so many columns
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, LOW: tl.constexpr):
-    """acc + a @ b; LOW: 16-bit operands as they are (the interpreter gets them as float32)."""
-    if LOW:
-        return tl.dot(a, b, acc)
-    elif PRECISION == "ieee":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return dot_float32(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
 
 
 @triton.jit
@@ -74,7 +62,7 @@ def _run_rows(
         xs = tl.load(pointers, mask=rows[:, None] & (k < K)[None, :], other=0.0)
         pointers = v + (k_wide * stride_vk)[:, None] + (r_wide * stride_vr)[None, :]
         vs = tl.load(pointers, mask=(k < K)[:, None] & live[None, :], other=0.0)
-        inner = _dot(xs, vs, inner, PRECISION, LOW)
+        inner = dot(xs, vs, inner, PRECISION, LOW)
 
     inner = inner.to(y.dtype.element_ty)
     if own is not None:
@@ -87,7 +75,7 @@ def _run_rows(
         n_wide = n.to(tl.int64)
         pointers = u + (r_wide * stride_ur)[:, None] + (n_wide * stride_un)[None, :]
         us = tl.load(pointers, mask=live[:, None] & (n < N)[None, :], other=0.0)
-        acc = _dot(inner, us, tl.zeros((BM, BN), tl.float32), PRECISION, LOW)
+        acc = dot(inner, us, tl.zeros((BM, BN), tl.float32), PRECISION, LOW)
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         pointers = y + (m * N)[:, None] + n[None, :]
@@ -404,25 +392,16 @@ def _register(label: str, dtype: torch.dtype, rank: int, budget: dict[str, int],
     else:
         signature |= {"bias": kind, "stride_vr": "i32:16", "stride_un": "i32:16"}
         constants |= {"ranks": None, "stride_vk": 1, "stride_ur": 1}
-    defaults = {name: _candidates(rank, low, target)[0] for name, target in _lib.TARGETS.items()}
-    while defaults:
-        default = next(iter(defaults.values()))
-        targets = tuple(t for t, other in defaults.items() if other == default)
-        defaults = {t: other for t, other in defaults.items() if t not in targets}
-        options = {k: default[k] for k in ("num_warps", "num_stages")}
-        register_config(
-            KernelConfig(
-                kernel=low_rank_linear_kernel,
-                name=f"low_rank_linear[{label}]@{'+'.join(targets)}",
-                signature=signature,
-                constexprs=constants | {k: default[k] for k in default if k not in options},
-                targets=targets,
-                tensor_cores=default["BM"] >= 64,
-                spill_budget={t: budget[t] for t in targets if t in budget},
-                note=_NOTE,
-                **options,
-            )
-        )
+    register_defaults(
+        low_rank_linear_kernel,
+        f"low_rank_linear[{label}]",
+        signature,
+        constants,
+        lambda target: _candidates(rank, low, target)[0],
+        tensor_cores=lambda meta: meta["BM"] >= 64,
+        spill_budget=budget,
+        note=_NOTE,
+    )
 
 
 _register("bf16,r64", torch.bfloat16, 64, {})

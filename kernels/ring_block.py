@@ -36,11 +36,8 @@ import triton
 import triton.language as tl
 
 from . import _lib
-from ._lib import INTERPRET, KernelConfig, Target, bucket, cdiv, dot_precision, register_config
-from .tensor_attention import _dot, _padded, _peel, _place, _tile, _unit
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+from ._attention import LN2, LOG2E, load_tile, padded, peel, place, signature_of, unit
+from ._lib import INTERPRET, Target, bucket, cdiv, dot, dot_precision, register_defaults
 
 # In comments and docstrings: ROWS of a program and COLS of a step; D and DV channels padded to a power of two. A side,
 # queries or keys, has its positions as runs (base0, split, base1, step): see _position.
@@ -82,7 +79,7 @@ def _walk(block, n_own, runs, others, n, lower, upper, start, stop, ROWS: tl.con
     i_last = tl.minimum(i_first + ROWS, n_own) - 1
     lo, full_hi = _seen(i_first, runs, others, n, lower, upper, start, stop, True)
     full_lo, hi = _seen(i_last, runs, others, n, lower, upper, start, stop, True)
-    left, full, right = _peel(lo, hi, full_lo, full_hi, COLS)
+    left, full, right = peel(lo, hi, full_lo, full_hi, COLS)
     return lo, left, full, right
 
 
@@ -102,8 +99,8 @@ def _forward_step(
 ):  # fmt: skip
     """One tile of keys: a step of online softmax in units of log2, the reference a whole number of them."""
     exists = n < nk
-    keys = _tile(k, n.to(tl.int64) * stride_kn, exists, DIM, D, 0, EDGE)
-    x = _dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    keys = load_tile(k, n.to(tl.int64) * stride_kn, exists, DIM, D, 0, EDGE)
+    x = dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     if EDGE:
         x = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < end[:, None]), x, float("-inf"))
     m_next = tl.maximum(m, tl.ceil(tl.max(x, 1) * scale))
@@ -115,8 +112,8 @@ def _forward_step(
         k_at = _position(n, k_runs, k_table, exists)
         kept = _kept(seed, dropout_p, counter, q_at[:, None], k_at[None, :])
         p = tl.where(kept, p * (1.0 / (1.0 - dropout_p)), 0.0)
-    values = _tile(v, n.to(tl.int64) * stride_vn, exists, DIM_V, DV, 0, EDGE)
-    acc = _dot(p.to(values.dtype), values, acc * alpha[:, None], PRECISION, LOW)
+    values = load_tile(v, n.to(tl.int64) * stride_vn, exists, DIM_V, DV, 0, EDGE)
+    acc = dot(p.to(values.dtype), values, acc * alpha[:, None], PRECISION, LOW)
     return m_next, mass, acc
 
 
@@ -140,7 +137,7 @@ def ring_forward_kernel(
     start, stop: int32 (nq,), the keys of each query; None: in closed form. m, l and lse are contiguous (B, Hq, nq).
     ``scale`` is positive, SIGN that of the caller's.
     """
-    block, plane = _place(tl.program_id(0), blocks, planes, ORDER)
+    block, plane = place(tl.program_id(0), blocks, planes, ORDER)
     q_runs = (q_base0, q_split, q_base1, q_step)
     k_runs = (k_base0, k_split, k_base1, k_step)
     lo, left, full, right = _walk(block, nq, q_runs, k_runs, nk, lower, upper, start, stop, ROWS, COLS)
@@ -156,14 +153,14 @@ def ring_forward_kernel(
     rows = i.to(tl.int64)
     stats = plane.to(tl.int64) * nq + i
     columns = tl.arange(0, COLS)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     key, counter, q_at = 0, 0, i
     if DROPOUT:
         key = tl.load(seed)
         counter = (b * all_heads + head_offset + h).to(tl.int32)
         q_at = _position(i, q_runs, q_table, inside)
 
-    a = _tile(q, rows * stride_qn, inside, DIM, D)
+    a = load_tile(q, rows * stride_qn, inside, DIM, D)
     if SIGN != 1:
         a = (a.to(tl.float32) * SIGN).to(a.dtype)
     if FIRST:
@@ -172,9 +169,9 @@ def ring_forward_kernel(
         total = tl.zeros((ROWS, DV), tl.float32)
     else:
         # Rounding gives back the whole number of which m is the product with log 2.
-        top = tl.floor(tl.load(m + stats, mask=inside, other=float("-inf")) * _LOG2E + 0.5)
+        top = tl.floor(tl.load(m + stats, mask=inside, other=float("-inf")) * LOG2E + 0.5)
         mass = tl.load(l + stats, mask=inside, other=0.0)
-        total = _tile(acc + b * stride_ab + h * stride_ah, rows * stride_an, inside, DIM_V, DV)
+        total = load_tile(acc + b * stride_ab + h * stride_ah, rows * stride_an, inside, DIM_V, DV)
     for s in range(0, full):
         top, mass, total = _forward_step(
             a, top, mass, total, k, v, k_table, lo + (left + s) * COLS + columns, nk, i, i, q_at, k_runs,
@@ -192,13 +189,13 @@ def ring_forward_kernel(
     c = tl.arange(0, DV)
     mask = inside[:, None] & (c < DIM_V)[None, :]
     if out is None:
-        tl.store(m + stats, top * _LN2, mask=inside)
+        tl.store(m + stats, top * LN2, mask=inside)
         tl.store(l + stats, mass, mask=inside)
         tl.store(acc + b * stride_ab + h * stride_ah + (rows * stride_an)[:, None] + c[None, :], total, mask=mask)
     else:
         nothing = mass == 0.0
         mass = tl.where(nothing, 1.0, mass)
-        tl.store(lse + stats, tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * _LN2), mask=inside)
+        tl.store(lse + stats, tl.where(nothing, float("-inf"), (top + tl.log2(mass)) * LN2), mask=inside)
         total = (total * (1.0 / mass)[:, None]).to(out.dtype.element_ty)
         tl.store(out + b * stride_ob + h * stride_oh + (rows * stride_on)[:, None] + c[None, :], total, mask=mask)
 
@@ -210,7 +207,7 @@ def _log2_lse(lse, rows, inside, MASKED: tl.constexpr):
         found = tl.load(lse + rows, mask=inside, other=float("-inf"))
     else:
         found = tl.load(lse + rows)
-    return tl.where(found == float("-inf"), float("inf"), found * _LOG2E)
+    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
 
 @triton.jit
@@ -218,7 +215,7 @@ def _add(x, rows, inside, value, FIRST: tl.constexpr, DIM: tl.constexpr, D: tl.c
     """Add ``value`` [ROWS, D] to rows of x, or put it there."""
     c = tl.arange(0, D)
     if not FIRST:
-        value += _tile(x, rows, inside, DIM, D)
+        value += load_tile(x, rows, inside, DIM, D)
     tl.store(x + rows[:, None] + c[None, :], value, mask=inside[:, None] & (c < DIM)[None, :])
 
 
@@ -231,20 +228,20 @@ def _query_step(
 ):  # fmt: skip
     """One tile of keys: total + dS K."""
     exists = n < nk
-    keys = _tile(k, n.to(tl.int64) * stride_kn, exists, DIM, D, 0, EDGE)
-    x = _dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    keys = load_tile(k, n.to(tl.int64) * stride_kn, exists, DIM, D, 0, EDGE)
+    x = dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     x = x * scale - row_lse[:, None]
     if EDGE:
         x = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < end[:, None]), x, float("-inf"))
     p = tl.exp2(x)
-    values = _tile(v, n.to(tl.int64) * stride_vn, exists, DIM_V, DV, 0, EDGE)
-    dp = _dot(w, values.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    values = load_tile(v, n.to(tl.int64) * stride_vn, exists, DIM_V, DV, 0, EDGE)
+    dp = dot(w, values.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     if DROPOUT:
         k_at = _position(n, k_runs, k_table, exists)
         kept = _kept(seed, dropout_p, counter, q_at[:, None], k_at[None, :])
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
     ds = p * (dp - row_delta[:, None])
-    return _dot(ds.to(keys.dtype), keys, total, PRECISION, LOW)
+    return dot(ds.to(keys.dtype), keys, total, PRECISION, LOW)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -259,7 +256,7 @@ def ring_query_grad_kernel(
     LOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """dQ of ROWS queries of one head: the forward kernel's walk with P recomputed from the LSE of all hops."""
-    block, plane = _place(tl.program_id(0), blocks, planes, ORDER)
+    block, plane = place(tl.program_id(0), blocks, planes, ORDER)
     q_runs = (q_base0, q_split, q_base1, q_step)
     k_runs = (k_base0, k_split, k_base1, k_step)
     lo, left, full, right = _walk(block, nq, q_runs, k_runs, nk, lower, upper, start, stop, ROWS, COLS)
@@ -276,15 +273,15 @@ def ring_query_grad_kernel(
     rows = i.to(tl.int64)
     stats = plane.to(tl.int64) * nq + i
     columns = tl.arange(0, COLS)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     key, counter, q_at = 0, 0, i
     if DROPOUT:
         key = tl.load(seed)
         counter = (b * all_heads + head_offset + h).to(tl.int32)
         q_at = _position(i, q_runs, q_table, inside)
 
-    a = _tile(q, rows * stride_qn, inside, DIM, D)
-    w = _tile(grad_out, rows * stride_gn, inside, DIM_V, DV)
+    a = load_tile(q, rows * stride_qn, inside, DIM, D)
+    w = load_tile(grad_out, rows * stride_gn, inside, DIM_V, DV)
     row_lse = _log2_lse(lse, stats, inside, True)
     row_delta = tl.load(delta + stats, mask=inside, other=0.0)
     total = tl.zeros((ROWS, D), tl.float32)
@@ -314,27 +311,27 @@ def _key_step(
     """One tile of queries of head g of the group: total + dSᵀ Q and total_v + Pᵀ dO."""
     exists = n < nq
     stats = g.to(tl.int64) * nq + n
-    queries = _tile(q + g.to(tl.int64) * stride_qh, n.to(tl.int64) * stride_qn, exists, DIM, D, 0, EDGE)
-    x = _dot(a, queries.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    queries = load_tile(q + g.to(tl.int64) * stride_qh, n.to(tl.int64) * stride_qn, exists, DIM, D, 0, EDGE)
+    x = dot(a, queries.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     x = x * scale - _log2_lse(lse, stats, exists, EDGE)[None, :]
     if EDGE:
         x = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < end[:, None]), x, float("-inf"))
     p = tl.exp2(x)
-    grads = _tile(grad_out + g.to(tl.int64) * stride_gh, n.to(tl.int64) * stride_gn, exists, DIM_V, DV, 0, EDGE)
-    dp = _dot(w, grads.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    grads = load_tile(grad_out + g.to(tl.int64) * stride_gh, n.to(tl.int64) * stride_gn, exists, DIM_V, DV, 0, EDGE)
+    dp = dot(w, grads.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     dropped = p
     if DROPOUT:
         q_at = _position(n, q_runs, q_table, exists)
         kept = _kept(seed, dropout_p, counter + g, q_at[None, :], k_at[:, None])
         dropped = tl.where(kept, p * (1.0 / (1.0 - dropout_p)), 0.0)
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
-    total_v = _dot(dropped.to(grads.dtype), grads, total_v, PRECISION, LOW)
+    total_v = dot(dropped.to(grads.dtype), grads, total_v, PRECISION, LOW)
     if EDGE:
         minus = tl.load(delta + stats, mask=exists, other=0.0)
     else:
         minus = tl.load(delta + stats)
     ds = p * (dp - minus[None, :])
-    return _dot(ds.to(queries.dtype), queries, total, PRECISION, LOW), total_v
+    return dot(ds.to(queries.dtype), queries, total, PRECISION, LOW), total_v
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -352,7 +349,7 @@ def ring_key_grad_kernel(
 
     start, stop: int32 (nk,), the queries of each key; lower and upper from a key's position to those of its queries.
     """
-    block, plane = _place(tl.program_id(0), blocks, planes, ORDER)
+    block, plane = place(tl.program_id(0), blocks, planes, ORDER)
     q_runs = (q_base0, q_split, q_base1, q_step)
     k_runs = (k_base0, k_split, k_base1, k_step)
     lo, left, full, right = _walk(block, nk, k_runs, q_runs, nq, lower, upper, start, stop, ROWS, COLS)
@@ -371,15 +368,15 @@ def ring_key_grad_kernel(
     inside = j < nk
     rows = j.to(tl.int64)
     columns = tl.arange(0, COLS)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     key, counter, k_at = 0, 0, j
     if DROPOUT:
         key = tl.load(seed)
         counter = (b * all_heads + head_offset + h * GROUP).to(tl.int32)
         k_at = _position(j, k_runs, k_table, inside)
 
-    a = _tile(k, rows * stride_kn, inside, DIM, D)
-    w = _tile(v, rows * stride_vn, inside, DIM_V, DV)
+    a = load_tile(k, rows * stride_kn, inside, DIM, D)
+    w = load_tile(v, rows * stride_vn, inside, DIM_V, DV)
     total = tl.zeros((ROWS, D), tl.float32)
     total_v = tl.zeros((ROWS, DV), tl.float32)
     for t in range(0, GROUP * full):
@@ -663,7 +660,7 @@ def _hop(
     if precision is None and INTERPRET:
         precision = "ieee"  # one product for each instead of three: the interpreter's time goes by operations
     return _Hop(
-        _unit(q), _unit(k), _unit(v), _side("q", q, nq, q_runs, q_positions), _side("k", q, nk, k_runs, k_positions),
+        unit(q), unit(k), unit(v), _side("q", q, nq, q_runs, q_positions), _side("k", q, nk, k_runs, k_positions),
         doc_first, doc_last, (window[0], window[1]), scale, dropout_p, seed, head_offset, heads,
         dot_precision(_lib.target_of(q.device), precision, low=low),
     )  # fmt: skip
@@ -702,7 +699,7 @@ def _constants(kind: str, hop: _Hop) -> dict[str, Any]:
     dim, dim_v = h.q.shape[3], h.v.shape[3]
     return {
         "ORDER": h.order(kind != _KEY), "GROUP": h.q.shape[1] // h.k.shape[1], "DROPOUT": h.dropout_p > 0.0,
-        "DIM": dim, "D": _padded(dim), "DIM_V": dim_v, "DV": _padded(dim_v),
+        "DIM": dim, "D": padded(dim), "DIM_V": dim_v, "DV": padded(dim_v),
         "PRECISION": h.precision, "LOW": h.low and not INTERPRET,
     }  # fmt: skip
 
@@ -886,7 +883,7 @@ def _launch_backward(
         _check_tensor(name, x, q, tuple(q.shape[:3]), torch.float32)
     for name, x, like in (("dq", dq, q), ("dk", dk, hop.k), ("dv", dv, hop.v)):
         _check_tensor(name, x, q, tuple(like.shape), torch.float32, rows=True)
-    grad_out = _unit(grad_out)
+    grad_out = unit(grad_out)
     given = {"grad_out": grad_out, "lse": lse.contiguous(), "delta": delta.contiguous(), **_strides("g", grad_out)}
     of_queries = {"grad_q": dq, "FIRST": first_q, **_strides("x", dq)}
     of_keys = {"grad_k": dk, "grad_v": dv, "FIRST": first_kv, **_strides("x", dk), **_strides("y", dv)}
@@ -895,10 +892,6 @@ def _launch_backward(
 
 
 # Production configurations: what the launchers pass for tensors of a shape, read off their own arguments.
-
-_TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
 
 _NOTE = "What rests in local memory does so across the loops over tiles: on sm_80 and sm_90 these hold none of it."
 
@@ -938,36 +931,14 @@ def _register(
             kernel = ring_key_grad_kernel
             arguments |= {"grad_k": wide["k"], "grad_v": wide["v"]}
             arguments |= _strides("x", wide["k"]) | _strides("y", wide["v"])
-    signature, constants = {}, _constants(kind, hop) | {"LOW": hop.low}
+    signature, fixed = signature_of(_arguments(kind, hop) | arguments, _SIZES, ("FIRST", "SIGN"))
+    constants = _constants(kind, hop) | {"LOW": hop.low} | fixed
     constants["PRECISION"] = lambda target: dot_precision(target, low=hop.low)
-    for name, value in (_arguments(kind, hop) | arguments).items():
-        if value is None or name in ("FIRST", "SIGN"):
-            constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"{_TYPES[value.dtype]}:16"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if name in _SIZES or value % 16 else "i32:16"
     d = max(constants["D"], constants["DV"])
-    defaults = {name: _candidates(kind, hop.low, d, target)[0] for name, target in _lib.TARGETS.items()}
-    while defaults:
-        default = next(iter(defaults.values()))
-        targets = tuple(t for t, other in defaults.items() if other == default)
-        defaults = {t: other for t, other in defaults.items() if t not in targets}
-        options = {k: default[k] for k in ("num_warps", "num_stages")}
-        register_config(
-            KernelConfig(
-                kernel=kernel,
-                name=f"ring_{kind}[{label}]@{'+'.join(targets)}",
-                signature=signature,
-                constexprs=constants | {k: default[k] for k in default if k not in options},
-                targets=targets,
-                spill_budget={t: budget[t] for t in targets if t in budget},
-                note=_NOTE,
-                **options,
-            )
-        )
+    register_defaults(
+        kernel, f"ring_{kind}[{label}]", signature, constants,
+        lambda target: _candidates(kind, hop.low, d, target)[0], spill_budget=budget, note=_NOTE,
+    )  # fmt: skip
 
 
 _GQA = _example(torch.bfloat16, 32, 8, 128)

@@ -33,6 +33,7 @@ from ._lib import (
     INTERPRET,
     KernelConfig,
     Target,
+    append_tile,
     bucket,
     cdiv,
     custom_op,
@@ -40,25 +41,13 @@ from ._lib import (
     dot_precision,
     register_config,
     register_reference,
+    zero_tiles,
 )
 
 __all__ = ["sphere_convolution", "sphere_convolution_filter"]
 
 # Shapes in comments: a program's channels (c), components of a signal (i), of a filter (j), of a result (k), points of
 # a tile (γ).
-
-
-@triton.jit
-def _append(tiles, tile):
-    return tiles + (tile,)  # noqa: RUF005 (Triton compiles no starred expressions)
-
-
-@triton.jit
-def _zeros(M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(TILES):
-        tiles = _append(tiles, tl.zeros((M, N), tl.float32))
-    return tiles
 
 
 @triton.jit
@@ -80,7 +69,7 @@ def _load_table(
     for t in tl.static_range(TILES):
         g = first + t * WIDTH + tl.arange(0, WIDTH)
         mask = (i < SIZE)[:, None] & (g < POINTS)[None, :]
-        tiles = _append(tiles, tl.load(table + g[None, :] * SIZE + i[:, None], mask=mask, other=0.0))
+        tiles = append_tile(tiles, tl.load(table + g[None, :] * SIZE + i[:, None], mask=mask, other=0.0))
     return tiles
 
 
@@ -130,7 +119,7 @@ def sphere_convolution_kernel(
     for first in range(0, POINTS, WIDTH * TILES):
         to_x = _load_table(a, first, SIZE_X, POINTS, WIDE_X, WIDTH, TILES)
         to_f = _load_table(b, first, SIZE_F, POINTS, WIDE_F, WIDTH, TILES)
-        acc = _zeros(BC, WIDTH, TILES)
+        acc = zero_tiles(BC, WIDTH, TILES)
         for i in range(begin, end):
             e = tl.load(order + i)
             signal = _load_signal(x, tl.load(node + e), c, inside, stride_n, stride_c, stride_i, SIZE_X, WIDE_X)
@@ -143,7 +132,7 @@ def sphere_convolution_kernel(
             for n in tl.static_range(TILES):
                 zero = tl.zeros((BC, WIDTH), tl.float32)
                 on_grid = dot_float32(signal, to_x[n], zero, PRECISION) * dot_float32(zonal, to_f[n], zero, PRECISION)
-                summed = _append(summed, acc[n] + on_grid)
+                summed = append_tile(summed, acc[n] + on_grid)
             acc = summed
         k = tl.arange(0, WIDE_Z)
         for n in tl.static_range(TILES):
@@ -180,7 +169,7 @@ def _on_grid(
     tiles = ()
     for n in tl.static_range(TILES):
         zero = tl.zeros((BC, WIDTH), tl.float32)
-        tiles = _append(tiles, dot_float32(signal, table[n], zero, PRECISION))
+        tiles = append_tile(tiles, dot_float32(signal, table[n], zero, PRECISION))
     return tiles
 
 

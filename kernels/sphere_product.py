@@ -46,14 +46,13 @@ import triton.language as tl
 from . import _lib
 from ._lib import (
     INTERPRET,
-    KernelConfig,
     Target,
     bucket,
     cdiv,
     custom_op,
     dot_float32,
     dot_precision,
-    register_config,
+    register_defaults,
     register_reference,
 )
 
@@ -839,27 +838,21 @@ def _register(label: str, plan: Plan, degrees: Sequence[int], outputs: Sequence[
             signature[f"z{o}"] = "*fp32:16" if reduced >> o & 1 else kind
         else:
             constants[f"z{o}"] = None
-    defaults = {name: _candidates(plan, target)[0] for name, target in _lib.TARGETS.items()}
-    while defaults:
-        default = next(iter(defaults.values()))
-        targets = tuple(t for t, other in defaults.items() if other == default)
-        defaults = {t: other for t, other in defaults.items() if t not in targets}
-        launch = {k: default[k] for k in ("num_warps", "num_stages")}
-        register_config(
-            KernelConfig(
-                kernel=sphere_polynomial_kernel,
-                name=f"sphere_polynomial[{label}]@{'+'.join(targets)}",
-                signature=signature,
-                constexprs=constants
-                | {"BC": default["BR"] if reduced else 0}
-                | {k: default[k] for k in default if k not in launch},
-                targets=targets,
-                tensor_cores=default["BR"] >= 64,
-                spill_budget=options.get("spill_budget", {}),
-                note=options.get("note", ""),
-                **launch,
-            )
-        )
+
+    def default(target: Target) -> dict[str, Any]:
+        meta = _candidates(plan, target)[0]
+        return meta | {"BC": meta["BR"] if reduced else 0}
+
+    register_defaults(
+        sphere_polynomial_kernel,
+        f"sphere_polynomial[{label}]",
+        signature,
+        constants,
+        default,
+        tensor_cores=lambda meta: meta["BR"] >= 64,
+        spill_budget=options.get("spill_budget"),
+        note=options.get("note", ""),
+    )
 
 
 def _register_all() -> None:

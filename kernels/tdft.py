@@ -33,31 +33,19 @@ import triton.language as tl
 from . import _lib
 from ._lib import (
     INTERPRET,
-    KernelConfig,
     Target,
+    append_tile,
     bucket,
     cdiv,
     custom_op,
     dot_float32,
     dot_precision,
-    register_config,
+    register_defaults,
     register_reference,
+    zero_tiles,
 )
 
 # Shapes in comments: R = BH * GROUP rows (h, g), g fastest; W2 = 2 * width columns (k2, q), q fastest.
-
-
-@triton.jit
-def _append(tiles, tile):
-    return tiles + (tile,)  # noqa: RUF005 (Triton compiles no starred expressions)
-
-
-@triton.jit
-def _zeros(M: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(TILES):
-        tiles = _append(tiles, tl.zeros((M, N), tl.float32))
-    return tiles
 
 
 @triton.jit
@@ -122,12 +110,12 @@ def tdft2_forward_kernel(
     LOW: tl.constexpr = LOW_DOT and x.dtype.element_ty == tl.bfloat16
 
     # A tuple of accumulators, a tile of WIDTH columns of modes each.
-    acc = _zeros(2 * BK1, GROUP * 2 * WIDTH, TILES)
+    acc = zero_tiles(2 * BK1, GROUP * 2 * WIDTH, TILES)
     for h_start in range(0, N1, BH):
         h = h_start + row_h
         row_pointers = x + row_base + h.to(tl.int64) * stride_xh
         row_mask = row_inside & (h < N1)
-        rows = _zeros(BH * GROUP, 2 * WIDTH, TILES)
+        rows = zero_tiles(BH * GROUP, 2 * WIDTH, TILES)
         for w_start in range(0, N2, BW):
             w = w_start + tl.arange(0, BW)
             block = tl.load(
@@ -142,9 +130,9 @@ def tdft2_forward_kernel(
                 k2 = k2_start + t * WIDTH
                 basis = _load_stacked_columns(f2, stride_2p, stride_2n, stride_2k, w, N2, k2, K2, WIDTH)
                 if LOW:
-                    summed = _append(summed, tl.dot(block, basis.to(tl.bfloat16), rows[t]))
+                    summed = append_tile(summed, tl.dot(block, basis.to(tl.bfloat16), rows[t]))
                 else:
-                    summed = _append(summed, dot_float32(block, basis, rows[t], PRECISION))
+                    summed = append_tile(summed, dot_float32(block, basis, rows[t], PRECISION))
             rows = summed
         n = h_start + tl.arange(0, BH)
         left = tl.load(
@@ -153,7 +141,7 @@ def tdft2_forward_kernel(
         summed = ()
         for t in tl.static_range(TILES):
             # [(h, g), (k2, q)] -> [h, (g, k2, q)]: the planes become columns.
-            summed = _append(summed, dot_float32(left, rows[t].reshape(BH, GROUP * 2 * WIDTH), acc[t], PRECISION))
+            summed = append_tile(summed, dot_float32(left, rows[t].reshape(BH, GROUP * 2 * WIDTH), acc[t], PRECISION))
         acc = summed
 
     bc = bc_start + tl.arange(0, GROUP)
@@ -175,7 +163,7 @@ def _columns(
     part = (i % 2)[:, None] ^ (j % 2)[None, :]
     sign = tl.where((part == 1) & ((i % 2) == (0 if CONJ else 1))[:, None], -1.0, 1.0)
     y_parts = y + part * (planes * K1 * K2)
-    z = _zeros(BH, GROUP * 2 * WIDTH, TILES)
+    z = zero_tiles(BH, GROUP * 2 * WIDTH, TILES)
     for k1_start in range(0, K1, BK1):
         k1 = k1_start + i // 2
         left = tl.load(
@@ -194,12 +182,12 @@ def _columns(
                 other=0.0,
             )
             right = (right * sign[:, :, None]).permute(0, 2, 1).reshape(2 * BK1, GROUP * 2 * WIDTH)
-            summed = _append(summed, dot_float32(left, right, z[t], PRECISION))
+            summed = append_tile(summed, dot_float32(left, right, z[t], PRECISION))
         z = summed
     tiles = ()
     for t in tl.static_range(TILES):
         tile = z[t].reshape(BH * GROUP, 2 * WIDTH)
-        tiles = _append(tiles, tile.to(tl.bfloat16) if LOW else tile)
+        tiles = append_tile(tiles, tile.to(tl.bfloat16) if LOW else tile)
     return tiles
 
 
@@ -977,6 +965,12 @@ _NOTE = (
 )
 
 
+def _add(name: str, kernel, default, signature: dict[str, str], constexprs: dict[str, Any]) -> None:
+    register_defaults(
+        kernel, name, signature, constexprs, default, spill_budget={"sm_80": 256, "sm_100": 16}, note=_NOTE
+    )  # fmt: skip
+
+
 def _register(n: int, m: int, dtype: str, few: bool = False) -> None:
     k1, k2 = m, m // 2 + 1
     low = dtype != "fp32"
@@ -995,7 +989,7 @@ def _register(n: int, m: int, dtype: str, few: bool = False) -> None:
     skipped = none | {"stride_sw": 1, "ACTIVATION": "gelu"}
 
     def add(name: str, kernel, candidates, signature: dict[str, str], constexprs: dict[str, Any]) -> None:
-        _register_defaults(
+        _add(
             f"tdft2_{name}[{dtype},N{n},m{m}{',few' if few else ''}]",
             kernel,
             lambda target: candidates(n, n, k1, k2, few, target)[0],
@@ -1012,29 +1006,6 @@ def _register(n: int, m: int, dtype: str, few: bool = False) -> None:
         add("inverse+gelu'", tdft2_inverse_kernel, _inverse_candidates, inverse | skip | grad, backward)
 
 
-def _register_defaults(name: str, kernel, default, signature: dict[str, str], constexprs: dict[str, Any]) -> None:
-    """Register ``default(target)``, a launch configuration: one entry for the targets that share it."""
-    defaults = {target_name: default(target) for target_name, target in _lib.TARGETS.items()}
-    while defaults:
-        meta = next(iter(defaults.values()))
-        targets = tuple(t for t, other in defaults.items() if other == meta)
-        defaults = {t: other for t, other in defaults.items() if t not in targets}
-        where = "" if len(targets) == len(_lib.TARGETS) else "@" + "+".join(targets)
-        options = {k: meta[k] for k in ("num_warps", "num_stages")}
-        register_config(
-            KernelConfig(
-                kernel=kernel,
-                name=name + where,
-                signature=signature,
-                constexprs=constexprs | {k: meta[k] for k in meta if k not in options},
-                targets=targets,
-                spill_budget={"sm_80": 256, "sm_100": 16},
-                note=_NOTE,
-                **options,
-            )
-        )
-
-
 _register(64, 16, "fp32", few=True)
 for _n, _m, _dtype in ((64, 16, "fp32"), (128, 32, "fp32"), (256, 64, "fp32"), (128, 32, "bf16")):
     _register(_n, _m, _dtype)
@@ -1049,7 +1020,7 @@ def _register_lines(n: int, k: int) -> None:
     inverse = {"y": table, "g": table, "skip": table, "out": table} | sizes
     inverse |= {"stride_sb": "i32:16", "stride_sc": "i32:16", "stride_k": "i32:16"}
     ones = {"stride_xn": 1, "stride_k": 1} | fixed
-    _register_defaults(
+    _add(
         f"tdft1_forward[fp32,N{n},k{k}]",
         tdft1_forward_kernel,
         lambda target: _line_candidates(n, k, False, True)[0],
@@ -1057,7 +1028,7 @@ def _register_lines(n: int, k: int) -> None:
         ones,
     )
     ones = {"stride_n": 1, "stride_sn": 1, "grad": None, "ACTIVATION": "gelu"} | fixed
-    _register_defaults(
+    _add(
         f"tdft1_inverse+gelu[fp32,N{n},k{k}]",
         tdft1_inverse_kernel,
         lambda target: _line_candidates(n, k, False, False)[0],

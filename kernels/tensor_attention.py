@@ -37,55 +37,37 @@ import triton
 import triton.language as tl
 
 from . import _lib
-from ._lib import INTERPRET, KernelConfig, Target, bucket, cdiv, custom_op, dot_float32, dot_precision, register_config
+from ._attention import LN2, LOG2E, load_tile, padded, peel, place, signature_of, unit
+from ._lib import (
+    INTERPRET,
+    KernelConfig,
+    Target,
+    bucket,
+    cdiv,
+    custom_op,
+    dot,
+    dot_precision,
+    register_config,
+    register_defaults,
+)
 
 FORMS = ("trilinear", "determinant", "strassen")
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 # Shapes in comments: R rows, D and DV channels padded to a power of two. Offsets of rows are int64, in elements.
-
-
-@triton.jit
-def _tile(
-    x, rows, inside, DIM: tl.constexpr, D: tl.constexpr,
-    SHIFT: tl.constexpr = 0, MASKED: tl.constexpr = True, AGAIN: tl.constexpr = False,
-):  # fmt: skip
-    """[R, D] of rows with unit channel stride, 0 outside; channel c is c + SHIFT within its chunk of three.
-
-    AGAIN: a tile that the program has read before. The modifier, the default's own name, keeps the compiler from
-    taking the two reads for one and holding the tile in registers, across loops that leave none.
-    """
-    c = tl.arange(0, D)
-    source = c
-    if SHIFT > 0:
-        source = c - c % 3 + (c + SHIFT) % 3
-    pointers = x + rows[:, None] + source[None, :]
-    modifier: tl.constexpr = ".ca" if AGAIN else ""
-    if DIM == D:
-        if MASKED:
-            return tl.load(pointers, mask=inside[:, None], other=0.0, cache_modifier=modifier)
-        else:
-            return tl.load(pointers, cache_modifier=modifier)
-    else:
-        if MASKED:
-            return tl.load(pointers, mask=inside[:, None] & (c < DIM)[None, :], other=0.0, cache_modifier=modifier)
-        else:
-            return tl.load(pointers, mask=(c < DIM)[None, :], other=0.0, cache_modifier=modifier)
 
 
 @triton.jit
 def _fuse(x, x_rows, x_in, y, y_rows, y_in, FORM: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr):
     """f(x, y) [R, D] and the bias [R] with which the logit of a third z is f(x, y) · z + bias, in float32."""
     if FORM == "determinant":  # det[x, y, z] = (x × y) · z in each chunk of three channels
-        x1 = _tile(x, x_rows, x_in, DIM, D, 1).to(tl.float32)
-        x2 = _tile(x, x_rows, x_in, DIM, D, 2).to(tl.float32)
-        y1 = _tile(y, y_rows, y_in, DIM, D, 1).to(tl.float32)
-        y2 = _tile(y, y_rows, y_in, DIM, D, 2).to(tl.float32)
+        x1 = load_tile(x, x_rows, x_in, DIM, D, 1).to(tl.float32)
+        x2 = load_tile(x, x_rows, x_in, DIM, D, 2).to(tl.float32)
+        y1 = load_tile(y, y_rows, y_in, DIM, D, 1).to(tl.float32)
+        y2 = load_tile(y, y_rows, y_in, DIM, D, 2).to(tl.float32)
         return x1 * y2 - x2 * y1, x_rows.to(tl.float32) * 0
     else:
-        xs = _tile(x, x_rows, x_in, DIM, D).to(tl.float32)
-        ys = _tile(y, y_rows, y_in, DIM, D).to(tl.float32)
+        xs = load_tile(x, x_rows, x_in, DIM, D).to(tl.float32)
+        ys = load_tile(y, y_rows, y_in, DIM, D).to(tl.float32)
         if FORM == "strassen":
             return xs + ys, tl.sum(xs * ys, 1)
         else:
@@ -101,26 +83,15 @@ def _unfuse(t, total, y, y_rows, y_in, FORM: tl.constexpr, DIM: tl.constexpr, D:
         before = tl.where(c < DIM, c - c % 3 + (c + 2) % 3, c)
         t1 = tl.gather(t, tl.broadcast_to(after[None, :], t.shape), 1)
         t2 = tl.gather(t, tl.broadcast_to(before[None, :], t.shape), 1)
-        y1 = _tile(y, y_rows, y_in, DIM, D, 1, True, True).to(tl.float32)
-        y2 = _tile(y, y_rows, y_in, DIM, D, 2, True, True).to(tl.float32)
+        y1 = load_tile(y, y_rows, y_in, DIM, D, 1, True, True).to(tl.float32)
+        y2 = load_tile(y, y_rows, y_in, DIM, D, 2, True, True).to(tl.float32)
         return y1 * t2 - y2 * t1
     else:
-        ys = _tile(y, y_rows, y_in, DIM, D, 0, True, True).to(tl.float32)
+        ys = load_tile(y, y_rows, y_in, DIM, D, 0, True, True).to(tl.float32)
         if FORM == "strassen":
             return t + total[:, None] * ys
         else:
             return t * ys
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, LOW: tl.constexpr):
-    """acc + a @ b; LOW: 16-bit operands as they are (the interpreter gets them as float32)."""
-    if LOW:
-        return tl.dot(a, b, acc)
-    elif PRECISION == "ieee":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return dot_float32(a.to(tl.float32), b.to(tl.float32), acc, PRECISION)
 
 
 @triton.jit
@@ -144,36 +115,13 @@ def _kept(seed, p, head, i, j, k, SWAPPED: tl.constexpr):
 
 
 @triton.jit
-def _peel(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
-    """Cut [lo, hi) into tiles: how many before, wholly within, and after those within [full_lo, full_hi)."""
-    left = tl.cdiv(tl.maximum(tl.minimum(full_lo, hi) - lo, 0), BLOCK)
-    full = tl.maximum(tl.minimum(full_hi, hi) - lo - left * BLOCK, 0) // BLOCK
-    right = tl.cdiv(tl.maximum(hi - lo - (left + full) * BLOCK, 0), BLOCK)
-    return left, full, right
-
-
-@triton.jit
-def _place(pid, blocks, planes, ORDER: tl.constexpr):
-    """(block, plane): neighbours share keys where blocks cost the same (0); else heavy blocks of all planes first."""
-    if ORDER == 0:
-        block = pid % blocks
-        plane = pid // blocks
-    else:
-        block = pid // planes
-        plane = pid % planes
-        if ORDER < 0:
-            block = blocks - 1 - block
-    return block, plane
-
-
-@triton.jit
 def _query_tile(
     pid, blocks, planes, nq, n1, n2, lower1, upper1, lower2, upper2,
     ORDER: tl.constexpr, GROUP: tl.constexpr, MASK2: tl.constexpr,
     BQ: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Where a program with rows (query, slot of j, head) works: the forward and the dQ kernel's first lines."""
-    block, plane = _place(pid, blocks, planes, ORDER)
+    block, plane = place(pid, blocks, planes, ORDER)
     pieces: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     r = tl.arange(0, BQ * SLOTS * HEADS)
     i_first = block * BQ
@@ -192,7 +140,7 @@ def _query_tile(
     full_hi = tl.minimum(i_first + upper2 + 1, n2)
     if MASK2:  # every tile tests its entries
         full_hi = full_lo
-    left, full, right = _peel(k_lo, k_hi, full_lo, full_hi, BK)
+    left, full, right = peel(k_lo, k_hi, full_lo, full_hi, BK)
     return (
         i_first, plane // pieces, plane % pieces, i, slot, g, inside, j_first, count, passes,
         k_lo, k_hi, left, full, right,
@@ -221,8 +169,8 @@ def _forward_step(
 ):  # fmt: skip
     """One tile of columns: a step of online softmax, in units of log2."""
     exists, ok = _columns(n, i, k_hi, lower2, upper2, mask2, stride_m2n, EDGE and HAS_MASK2)
-    keys = _tile(k2, n.to(tl.int64) * stride_k2n, exists, DIM, D, 0, EDGE)
-    x = _dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    keys = load_tile(k2, n.to(tl.int64) * stride_k2n, exists, DIM, D, 0, EDGE)
+    x = dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     if EDGE:
         x = tl.where(ok, x, float("-inf"))
     m_next = tl.maximum(m, tl.max(x, 1) * scale + bias)
@@ -241,8 +189,8 @@ def _forward_step(
             SWAPPED,
         )
         p = tl.where(kept, p, 0.0)
-    values = _tile(v2, n.to(tl.int64) * stride_v2n, exists, DIM_V, DV, 0, EDGE)
-    inner = _dot(p.to(values.dtype), values, inner * alpha[:, None], PRECISION, LOW)
+    values = load_tile(v2, n.to(tl.int64) * stride_v2n, exists, DIM_V, DV, 0, EDGE)
+    inner = dot(p.to(values.dtype), values, inner * alpha[:, None], PRECISION, LOW)
     return m_next, mass, inner
 
 
@@ -285,7 +233,7 @@ def tensor_attention_forward_kernel(
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     columns = tl.arange(0, BK)
 
     m = tl.full((BQ * SLOTS * HEADS,), float("-inf"), tl.float32)
@@ -315,7 +263,7 @@ def tensor_attention_forward_kernel(
                 True, HAS_MASK2, DROPOUT, SWAPPED, PRECISION, LOW, DIM, D, DIM_V, DV,
             )  # fmt: skip
         alpha = tl.exp2(before - tl.where(m == float("-inf"), 0.0, m))
-        values = _tile(v1, j.to(tl.int64) * stride_v1n, ok, DIM_V, DV).to(tl.float32)
+        values = load_tile(v1, j.to(tl.int64) * stride_v1n, ok, DIM_V, DV).to(tl.float32)
         acc = acc * alpha[:, None] + inner * values
 
     if SLOTS > 1:  # each slot has its own maximum
@@ -332,7 +280,7 @@ def tensor_attention_forward_kernel(
     ok = (i_out < nq) & (g_out < GROUP)
     some = mass > 0.0
     mass = tl.where(some, mass, 1.0)
-    tl.store(lse + rows, tl.where(some, (m + tl.log2(mass)) * _LN2, float("-inf")), mask=ok)
+    tl.store(lse + rows, tl.where(some, (m + tl.log2(mass)) * LN2, float("-inf")), mask=ok)
     factor = 1.0 / mass
     if DROPOUT:
         factor = factor / (1.0 - dropout_p)
@@ -354,8 +302,8 @@ def tensor_attention_delta_kernel(
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = r < rows
     i, h, b = r % nq, r // nq % heads, r // nq // heads
-    grad = _tile(grad_out, b * stride_gb + h * stride_gh + i * stride_gn, inside, DIM_V, DV).to(tl.float32)
-    o = _tile(out, b * stride_ob + h * stride_oh + i * stride_on, inside, DIM_V, DV).to(tl.float32)
+    grad = load_tile(grad_out, b * stride_gb + h * stride_gh + i * stride_gn, inside, DIM_V, DV).to(tl.float32)
+    o = load_tile(out, b * stride_ob + h * stride_oh + i * stride_on, inside, DIM_V, DV).to(tl.float32)
     total = tl.sum(grad * o, 1)
     if grad_lse is not None:
         total -= tl.load(grad_lse + r, mask=inside, other=0.0)
@@ -366,7 +314,7 @@ def tensor_attention_delta_kernel(
 def _log2_lse(lse, rows, inside):
     """LSE in units of log2, +inf where there is no query or nothing was allowed: P is 0 there."""
     found = tl.load(lse + rows, mask=inside, other=float("-inf"))
-    return tl.where(found == float("-inf"), float("inf"), found * _LOG2E)
+    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
 
 
 @triton.jit
@@ -379,13 +327,13 @@ def _query_step(
 ):  # fmt: skip
     """One tile of columns k: acc + dS K2 and the row sums of dS."""
     exists, ok = _columns(n, i, k_hi, lower2, upper2, mask2, stride_m2n, EDGE and HAS_MASK2)
-    keys = _tile(k2, n.to(tl.int64) * stride_k2n, exists, DIM, D, 0, EDGE)
-    x = _dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    keys = load_tile(k2, n.to(tl.int64) * stride_k2n, exists, DIM, D, 0, EDGE)
+    x = dot(a, keys.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     p = tl.exp2(x * scale + shift[:, None])
     if EDGE:
         p = tl.where(ok, p, 0.0)
-    values = _tile(v2, n.to(tl.int64) * stride_v2n, exists, DIM_V, DV, 0, EDGE)
-    dp = _dot(w, values.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    values = load_tile(v2, n.to(tl.int64) * stride_v2n, exists, DIM_V, DV, 0, EDGE)
+    dp = dot(w, values.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     if DROPOUT:
         kept = _kept(
             seed,
@@ -400,7 +348,7 @@ def _query_step(
     ds = p * (dp - delta[:, None])
     if FORM == "strassen":
         total += tl.sum(ds, 1)
-    acc = _dot(ds.to(keys.dtype), keys, acc, PRECISION, LOW)
+    acc = dot(ds.to(keys.dtype), keys, acc, PRECISION, LOW)
     return acc, total
 
 
@@ -441,7 +389,7 @@ def tensor_attention_query_grad_kernel(
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     columns = tl.arange(0, BK)
     stats = (b * heads + h * GROUP + g) * nq + i
     row_lse = _log2_lse(lse, stats, inside)
@@ -503,13 +451,13 @@ def _key_step(
     i = n // GROUP
     g = (n % GROUP).to(tl.int64)
     stats = g * nq + i
-    queries = _tile(q, g * stride_qh + i.to(tl.int64) * stride_qn, exists, DIM, D, 0, EDGE)
-    x = _dot(a, queries.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    queries = load_tile(q, g * stride_qh + i.to(tl.int64) * stride_qn, exists, DIM, D, 0, EDGE)
+    x = dot(a, queries.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     p = tl.exp2(x * scale + bias[:, None] - _log2_lse(lse, stats, exists)[None, :])
     if EDGE:
         p = tl.where((i[None, :] >= first[:, None]) & (i[None, :] <= last[:, None]), p, 0.0)
-    grads = _tile(grad_out, g * stride_gh + i.to(tl.int64) * stride_gn, exists, DIM_V, DV, 0, EDGE)
-    dp = _dot(w, grads.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
+    grads = load_tile(grad_out, g * stride_gh + i.to(tl.int64) * stride_gn, exists, DIM_V, DV, 0, EDGE)
+    dp = dot(w, grads.T, tl.zeros((a.shape[0], n.shape[0]), tl.float32), PRECISION, LOW)
     dropped = p
     if DROPOUT:
         kept = _kept(
@@ -518,11 +466,11 @@ def _key_step(
         )  # fmt: skip
         dropped = tl.where(kept, p / (1.0 - dropout_p), 0.0)
         dp = tl.where(kept, dp / (1.0 - dropout_p), 0.0)
-    inner_v = _dot(dropped.to(grads.dtype), grads, inner_v, PRECISION, LOW)
+    inner_v = dot(dropped.to(grads.dtype), grads, inner_v, PRECISION, LOW)
     ds = p * (dp - tl.load(delta + stats, mask=exists, other=0.0)[None, :])
     if FORM == "strassen":
         total += tl.sum(ds, 1)
-    inner = _dot(ds.to(queries.dtype), queries, inner, PRECISION, LOW)
+    inner = dot(ds.to(queries.dtype), queries, inner, PRECISION, LOW)
     return inner, inner_v, total
 
 
@@ -539,7 +487,7 @@ def tensor_attention_key_grad_kernel(
     LOW: tl.constexpr, RELATIVE: tl.constexpr, BJ: tl.constexpr, SLOTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dK1 and dV1 of BJ keys of one group, summed over its heads. RELATIVE: slots count from each key's own first k."""
-    block, plane = _place(tl.program_id(0), blocks, planes, ORDER)
+    block, plane = place(tl.program_id(0), blocks, planes, ORDER)
     kv_heads = heads // GROUP
     b = (plane // kv_heads).to(tl.int64)
     h = (plane % kv_heads).to(tl.int64)
@@ -555,7 +503,7 @@ def tensor_attention_key_grad_kernel(
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    log2_scale = scale * _LOG2E
+    log2_scale = scale * LOG2E
     columns = tl.arange(0, BC)
 
     r = tl.arange(0, BJ * SLOTS)
@@ -603,7 +551,7 @@ def tensor_attention_key_grad_kernel(
         hi = tl.maximum(tl.minimum(tl.minimum(j_b - lower1, k_b - lower2), nq - 1) + 1, 0) * GROUP
         full_lo = tl.maximum(tl.maximum(j_b - upper1, k_b - upper2), 0) * GROUP
         full_hi = tl.maximum(tl.minimum(tl.minimum(j_a - lower1, k_a - lower2), nq - 1) + 1, 0) * GROUP
-        left, full, right = _peel(lo, hi, full_lo, full_hi, BC)
+        left, full, right = peel(lo, hi, full_lo, full_hi, BC)
         first = tl.maximum(j - upper1, k - upper2)
         last = tl.minimum(j - lower1, k - lower2)
         inner = tl.zeros((BJ * SLOTS, D), tl.float32)
@@ -625,7 +573,7 @@ def tensor_attention_key_grad_kernel(
                 True, DROPOUT, SWAPPED, FORM, GROUP, PRECISION, LOW, DIM, D, DIM_V, DV,
             )  # fmt: skip
         acc += _sum_slots(_unfuse(inner, total, k2, k2_rows, ok, FORM, DIM, D), BJ, SLOTS, 1)
-        acc_v += _sum_slots(inner_v * _tile(v2, v2_rows, ok, DIM_V, DV, 0, True, True).to(tl.float32), BJ, SLOTS, 1)
+        acc_v += _sum_slots(inner_v * load_tile(v2, v2_rows, ok, DIM_V, DV, 0, True, True).to(tl.float32), BJ, SLOTS, 1)
 
     j_out = j_a + tl.arange(0, BJ)
     rows = plane.to(tl.int64) * n1 + j_out
@@ -869,11 +817,6 @@ def _word(n: int) -> int:
     return (n + 2**31) % 2**32 - 2**31
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with neighbouring channels: any strides but the last one's are read in place."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _check(q, k1, k2, v1, v2, mask1, mask2, seed, dropout_p, form) -> None:
     tensors = {"q": q, "k1": k1, "k2": k2, "v1": v1, "v2": v2}
     for name, x in tensors.items():
@@ -931,9 +874,9 @@ def _problem(
         ("window2", k2, v2, mask2, window2, k2_offset),
     ):
         bounds = _bounds(name, window, is_causal, q_offset - offset)
-        sets.append(_Keys(_unit(key), _unit(value), mask, *bounds, offset))
+        sets.append(_Keys(unit(key), unit(value), mask, *bounds, offset))
     seed = seed.to(q.device) if dropout_p > 0.0 else None
-    return _Problem(_unit(q), sets[0], sets[1], seed, scale, dropout_p, form, q_offset)
+    return _Problem(unit(q), sets[0], sets[1], seed, scale, dropout_p, form, q_offset)
 
 
 def _arguments(problem: _Problem) -> dict[str, Any]:
@@ -960,20 +903,16 @@ def _constants(problem: _Problem, precision: str, of_queries: bool) -> dict[str,
     p = problem
     return {
         "ORDER": p.order(of_queries), "GROUP": p.group, "FORM": p.form, "SWAPPED": p.swapped,
-        "DROPOUT": p.dropout_p > 0.0, "DIM": p.dim, "D": _padded(p.dim), "DIM_V": p.dim_v, "DV": _padded(p.dim_v),
+        "DROPOUT": p.dropout_p > 0.0, "DIM": p.dim, "D": padded(p.dim), "DIM_V": p.dim_v, "DV": padded(p.dim_v),
         "PRECISION": precision, "LOW": p.low and not INTERPRET,
     }  # fmt: skip
-
-
-def _padded(channels: int) -> int:
-    return max(16, bucket(channels))
 
 
 def _query_candidates(kind: str, problem: _Problem, target: Target) -> list[dict[str, Any]]:
     """Launch configurations of the forward and the dQ kernel, the default first."""
     p = problem
     found: list[dict[str, Any]] = []
-    for rows, columns, warps, stages in _tiles(kind, p.low, max(_padded(p.dim), _padded(p.dim_v)), target):
+    for rows, columns, warps, stages in _tiles(kind, p.low, max(padded(p.dim), padded(p.dim_v)), target):
         split = _query_rows(rows, columns, p.group, p.q.shape[2], p.first.span, p.second.span)
         found.append(split | {"BK": columns, "num_warps": warps, "num_stages": stages})
     return found
@@ -983,7 +922,7 @@ def _key_candidates(problem: _Problem, target: Target) -> list[dict[str, Any]]:
     """Launch configurations of the dK, dV kernel, the default first."""
     p = problem
     found: list[dict[str, Any]] = []
-    for rows, columns, warps, stages in _tiles(_KEY, p.low, max(_padded(p.dim), _padded(p.dim_v)), target):
+    for rows, columns, warps, stages in _tiles(_KEY, p.low, max(padded(p.dim), padded(p.dim_v)), target):
         split = _key_rows(rows, columns, p.group, p.first.span, p.second.span, p.q.shape[2], p.second.length)
         found.append(split | {"BC": columns, "num_warps": warps, "num_stages": stages})
     return found
@@ -1056,13 +995,13 @@ def _launch_backward(
     ]
     if p.empty:
         return tuple(grad.zero_() for grad in grads)
-    grad_out, out, lse = _unit(grad_out), _unit(out), lse.contiguous()
+    grad_out, out, lse = unit(grad_out), unit(out), lse.contiguous()
     delta = torch.empty((b, heads, nq), dtype=torch.float32, device=p.q.device)
     rows = 16 if INTERPRET else 32
     with _lib.device_guard(p.q):
         tensor_attention_delta_kernel[(cdiv(delta.numel(), rows),)](
             grad_out, out, None if grad_lse is None else grad_lse.contiguous(), delta, heads, nq, delta.numel(),
-            *grad_out.stride()[:3], *out.stride()[:3], DIM_V=p.dim_v, DV=_padded(p.dim_v), ROWS=rows,
+            *grad_out.stride()[:3], *out.stride()[:3], DIM_V=p.dim_v, DV=padded(p.dim_v), ROWS=rows,
         )  # fmt: skip
     shared = {"grad_out": grad_out, "lse": lse, "delta": delta, **_strides("g", grad_out)}
     _run(_QUERY, _inner_larger(p), shared | {"grad_q": grads[0]}, query_candidates)
@@ -1246,7 +1185,6 @@ def tensor_attention_backward(
 
 # Production configurations: what the launchers pass for tensors of a shape, read off their own arguments.
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _NOTE = (
     "What rests in local memory does so between passes: the owners' accumulators and the addresses of rows, and for "
     "the determinant the permuted tiles. The loops over columns hold none of it on sm_90, but for up to six words in "
@@ -1265,22 +1203,6 @@ def _example(
     )  # fmt: skip
 
 
-def _signature(arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """What Triton makes of a call's arguments: types, and constants where there is nothing to pass."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if value is None:
-            constants[name] = None
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"{_TYPES[value.dtype]}:16"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if name in _SIZES or value % 16 else "i32:16"
-    return signature, constants
-
-
 def _register(kind: str, label: str, problem: _Problem, budget: dict[str, int], *, cores: bool = True) -> None:
     """The default configuration of one kernel, an entry for the targets that share it."""
     p = problem
@@ -1296,32 +1218,18 @@ def _register(kind: str, label: str, problem: _Problem, budget: dict[str, int], 
             kernel, outputs = tensor_attention_query_grad_kernel, outputs | {"grad_q": p.q}
         else:
             kernel, outputs = tensor_attention_key_grad_kernel, outputs | {"grad_k1": p.q, "grad_v1": p.q}
-    signature, constants = _signature(_arguments(p) | outputs)
+    signature, constants = signature_of(_arguments(p) | outputs, _SIZES)
     low = p.low
     constants |= _constants(p, "", kind != _KEY) | {"LOW": low}
     constants["PRECISION"] = lambda target: dot_precision(target, low=low)
-    defaults = {
-        name: (_key_candidates(p, target) if kind == _KEY else _query_candidates(kind, p, target))[0]
-        for name, target in _lib.TARGETS.items()
-    }
-    while defaults:
-        default = next(iter(defaults.values()))
-        targets = tuple(t for t, other in defaults.items() if other == default)
-        defaults = {t: other for t, other in defaults.items() if t not in targets}
-        options = {k: default[k] for k in ("num_warps", "num_stages")}
-        register_config(
-            KernelConfig(
-                kernel=kernel,
-                name=f"tensor_attention_{kind}[{label}]@{'+'.join(targets)}",
-                signature=signature,
-                constexprs=constants | {k: default[k] for k in default if k not in options},
-                targets=targets,
-                tensor_cores=cores,
-                spill_budget={t: budget[t] for t in targets if t in budget},
-                note=_NOTE,
-                **options,
-            )
-        )
+
+    def default(target: Target) -> dict[str, Any]:
+        return (_key_candidates(p, target) if kind == _KEY else _query_candidates(kind, p, target))[0]
+
+    name = f"tensor_attention_{kind}[{label}]"
+    register_defaults(
+        kernel, name, signature, constants, default, tensor_cores=cores, spill_budget=budget, note=_NOTE
+    )  # fmt: skip
 
 
 _GQA = _example(torch.bfloat16, 64, 1, 128, 31, 511)

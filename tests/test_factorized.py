@@ -12,7 +12,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from torchlayers.factorized import ComplexParameters, FactorizedTensor, as_complex, as_real, validate_rank
+from torchlayers.factorized import (
+    ComplexParameters,
+    FactorizedSlice,
+    FactorizedTensor,
+    as_complex,
+    as_real,
+    balanced_svd,
+    validate_rank,
+)
 
 tl = pytest.importorskip("tensorly")
 KINDS = ("dense", "cp", "tucker", "tt")
@@ -34,6 +42,27 @@ def by_tensorly(kind, tensor):
         if kind == "tucker":
             return tl.tucker_to_tensor((tensor.core, list(tensor.factors)))
         return tl.tt_to_tensor(list(tensor.factors)) if kind == "tt" else tensor.tensor
+
+
+def test_balanced_svd_is_the_best_approximation_and_balanced():
+    matrix = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    singular = torch.linalg.svdvals(matrix)
+    for rank in (None, 4, 2, 0):
+        left, right = balanced_svd(matrix, rank)
+        kept = 4 if rank is None else rank
+        assert left.shape == (2, 3, 5, kept) and right.shape == (2, 3, kept, 4)
+        # Eckart and Young: what is left over has the norm of the singular values that are left out.
+        error = torch.linalg.matrix_norm(matrix - left @ right)
+        torch.testing.assert_close(error, singular[..., kept:].square().sum(-1).sqrt(), atol=1e-13, rtol=1e-12)
+        torch.testing.assert_close(left.mT @ left, right @ right.mT, atol=1e-13, rtol=0)
+
+
+@KIND
+def test_a_part_is_a_slice_of_factors(kind):
+    tensor = make(kind)
+    part = tensor[1:3]
+    assert isinstance(part, FactorizedSlice) and part.shape == (2, 4, 5) and part.order == 3
+    torch.testing.assert_close(part.to_tensor(), tensor.to_tensor()[1:3])
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks

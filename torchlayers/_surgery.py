@@ -17,9 +17,10 @@ A family defines a config class and registers a rule for it; :func:`convert` doe
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["ConversionReport", "ConversionRow", "Skip", "convert", "lies_under", "register_conversion"]
+__all__ = ["ConversionReport", "ConversionRow", "Skip", "convert", "lies_under", "register_conversion", "selection"]
 
 
 class Skip(NamedTuple):
@@ -143,6 +144,37 @@ def lies_under(name: str, patterns: Iterable[str]) -> bool:
     parts = name.split(".")
     above = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(fnmatch.fnmatchcase(part, pattern) for part in above for pattern in patterns)
+
+
+def selection(
+    name: str, entries: Iterable[str | type[nn.Module]], names: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[type[nn.Module], ...]]:
+    """The entries of a user's argument ``name`` as (name patterns, classes), each pattern one that fits a module.
+
+    Args:
+        name: the argument, for messages.
+        entries: qualified names (``*`` and ``?`` as in file names) and module classes, or one of them.
+        names: those of the model's modules.
+
+    Raises:
+        ValueError: a name fits no module, nor a module above one; the message has the nearest.
+        TypeError: an entry is neither a name nor a module class.
+    """
+    if isinstance(entries, (str, type)):
+        entries = (entries,)
+    patterns, kinds = [], []
+    for entry in entries:
+        if isinstance(entry, str):
+            if not any(lies_under(n, (entry,)) for n in names):
+                near = difflib.get_close_matches(entry, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name} must name modules of the model, got {entry!r}, which fits none{hint}")
+            patterns.append(entry)
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            kinds.append(entry)
+        else:
+            raise TypeError(f"{name} must hold names and module classes, got {entry!r} ({type(entry).__name__})")
+    return tuple(patterns), tuple(kinds)
 
 
 def convert(

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from .gaunt import gaunt_many_body as gaunt_many_body
     from .gaunt import gaunt_tensor_product as gaunt_tensor_product
     from .maestro import low_rank_linear as low_rank_linear
+    from .polynomial import masked_product as masked_product
+    from .polynomial import pair_linear as pair_linear
+    from .polynomial import pair_mlp as pair_mlp
+    from .polynomial import pair_readout as pair_readout
+    from .polynomial import segment_matmul as segment_matmul
     from .ring_attention import linformer_attention as linformer_attention
     from .ring_attention import merge_attention as merge_attention
     from .ring_attention import ring_attention as ring_attention
@@ -35,13 +40,18 @@ _LAZY = {
     "gaunt_tensor_product": "gaunt",
     "linformer_attention": "ring_attention",
     "low_rank_linear": "maestro",
+    "masked_product": "polynomial",
     "merge_attention": "ring_attention",
     "nth_order_attention": "tensor_attention",
+    "pair_linear": "polynomial",
+    "pair_mlp": "polynomial",
+    "pair_readout": "polynomial",
     "polynomial_nth_order_attention": "tensor_attention",
     "polynomial_tensor_attention": "tensor_attention",
     "ring_attention": "ring_attention",
     "ring_self_attention": "ring_attention",
     "ring_tensor_attention": "tensor_attention",
+    "segment_matmul": "polynomial",
     "separable_conv": "separable_conv",
     "separable_conv_transpose": "separable_conv",
     "spectral_conv": "tfno",
@@ -59,13 +69,18 @@ __all__ = [
     "gaunt_tensor_product",
     "linformer_attention",
     "low_rank_linear",
+    "masked_product",
     "merge_attention",
     "nth_order_attention",
+    "pair_linear",
+    "pair_mlp",
+    "pair_readout",
     "polynomial_nth_order_attention",
     "polynomial_tensor_attention",
     "ring_attention",
     "ring_self_attention",
     "ring_tensor_attention",
+    "segment_matmul",
     "separable_conv",
     "separable_conv_transpose",
     "spectral_conv",

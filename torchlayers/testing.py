@@ -3,17 +3,26 @@
 - :func:`relative_error`, :func:`assert_close_rel`: results against a float64 reference, tolerances from the dtype;
 - :func:`equivariance_error`, :func:`assert_equivariant`: ``f(g x) = g f(x)`` for one group element ``g``;
 - :func:`opcheck_all`: :func:`torch.library.opcheck` over every registered operation, none forgotten;
-- :func:`nan_empty`: memory that nobody wrote shows up as NaN.
+- :func:`nan_empty`: memory that nobody wrote shows up as NaN;
+- :func:`spawn_ranks`, :func:`serve_ranks`: a test file that is also the program of a few gloo processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
+import json
+import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 __all__ = [
     "TOLERANCES",
@@ -23,6 +32,8 @@ __all__ = [
     "nan_empty",
     "opcheck_all",
     "relative_error",
+    "serve_ranks",
+    "spawn_ranks",
     "tolerance",
 ]
 
@@ -207,7 +218,7 @@ def assert_equivariant(
 ) -> float:
     """Assert that :func:`equivariance_error` is at most ``tol``, and return it.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.testing import assert_equivariant
@@ -313,3 +324,54 @@ def nan_empty() -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+
+
+def spawn_ranks(script: str | Path, world: int, folder: Path, timeout: float = 180.0) -> list[Any]:
+    """Run ``script`` as ``world`` processes that share a gloo group; what each rank's body returned.
+
+    The processes have none of the caller's state, such as threads of autograd, and one thread each.
+
+    Args:
+        script: a file that calls :func:`serve_ranks` where it is ``__main__``; mostly the test file itself.
+        world: number of ranks.
+        folder: an empty folder.
+        timeout: seconds for all of it.
+
+    Raises:
+        RuntimeError: a rank failed; with its output.
+        subprocess.TimeoutExpired: it took longer.
+    """
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(script), str(folder), str(world)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"a rank of {script} failed:\n{done.stdout}{done.stderr}")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def serve_ranks(body: Callable[[int], Any]) -> None:
+    """Be what :func:`spawn_ranks` runs: call ``body(rank)`` on every rank, warnings being errors.
+
+    Args:
+        body: returns what JSON can say.
+    """
+    folder, world = sys.argv[1], int(sys.argv[2])
+    # Forked ranks share one import of torch; the parent has run no backward, which forked ranks could not follow.
+    torch.multiprocessing.start_processes(_serve, (body, folder, world), nprocs=world, start_method="fork")
+
+
+def _serve(rank: int, body: Callable[[int], Any], folder: str, world: int) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    found = body(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))

@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from benchmarks import _gaunt_edges as edges
+from benchmarks import _gaunt_many_body as many_body
+from benchmarks import _gaunt_parts as parts
 from benchmarks import _harness as harness
 from benchmarks import gaunt as family
 from torchlayers.gaunt.irreps import e3nn_o3
@@ -12,7 +15,7 @@ from torchlayers.gaunt.irreps import e3nn_o3
 pytest.importorskip("e3nn", reason="the oracle")
 
 CPU = torch.device("cpu")
-BOTH, DOUBLE, FORWARD = harness.BOTH, family.DOUBLE, harness.FORWARD
+BOTH, DOUBLE, FORWARD = harness.BOTH, parts.DOUBLE, harness.FORWARD
 
 
 def verdict(build, inputs, mode, reference):
@@ -21,7 +24,7 @@ def verdict(build, inputs, mode, reference):
         built = build(inputs)
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} is not installed")
-    return harness.check(built, mode, reference, family.TOLERANCE)
+    return harness.check(built, mode, reference, parts.TOLERANCE)
 
 
 def everyone(ours, peers):
@@ -31,33 +34,33 @@ def everyone(ours, peers):
 @pytest.mark.parametrize(("channels", "lmax"), [(1, 1), (3, 2)])
 def test_order_is_e3nns(channels, lmax):
     o3 = e3nn_o3()
-    irreps = o3.Irreps(family._irreps(lmax, channels))
+    irreps = o3.Irreps(parts.irreps_of(lmax, channels))
     features = torch.arange(2.0 * irreps.dim).view(2, -1)
-    signal = family.signal(features, channels)
+    signal = parts.signal(features, channels)
     for (_, ir), piece in zip(irreps, irreps.slices(), strict=True):
         expected = features[:, piece].view(2, channels, ir.dim)
         assert torch.equal(signal[..., ir.l**2 : (ir.l + 1) ** 2], expected)
-    assert torch.equal(family.flat(signal), features)
+    assert torch.equal(parts.flat(signal), features)
 
 
 def test_paths_are_e3nns_with_scaled_weights():
     lmax, channels = 2, 3
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 4, channels, 9, generator=generator, dtype=torch.float64)
-    paths = family.even_paths(lmax, lmax, lmax)
+    paths = parts.even_paths(lmax, lmax, lmax)
     weight = torch.randn(len(paths), channels, generator=generator, dtype=torch.float64)
-    with family._default_dtype(torch.float64):
-        product = family._e3nn_product(lmax, lmax, lmax, channels, "uuu", shared=True)
+    with parts.default_dtype(torch.float64):
+        product = parts.e3nn_tensor_product(lmax, lmax, lmax, channels, "uuu", shared=True)
     with torch.no_grad():
-        product.weight.copy_((weight * family.e3nn_scales(paths)[:, None]).flatten())
-    expected = product(family.flat(x), family.flat(y))
-    torch.testing.assert_close(family.flat(family.couple(x, y, weight)), expected, rtol=1e-12, atol=1e-12)
+        product.weight.copy_((weight * parts.e3nn_scales(paths)[:, None]).flatten())
+    expected = product(parts.flat(x), parts.flat(y))
+    torch.testing.assert_close(parts.flat(parts.couple(x, y, weight)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_product_reference_is_the_sum_over_paths():
     inputs = family.make_product_inputs(5, 2, 3, CPU)
     x, y = (t.double().requires_grad_() for t in inputs[:2])
-    z = family.couple(x, y, torch.ones(len(family.even_paths(3, 3, 3)), 1))
+    z = parts.couple(x, y, torch.ones(len(parts.even_paths(3, 3, 3)), 1))
     expected = (z, *torch.autograd.grad(z, (x, y), inputs.g.double()))
     assert max(harness.relative_errors(family.product_reference(inputs), expected)) < 1e-13
 
@@ -108,26 +111,26 @@ def test_a_layer_that_is_no_sum_of_paths_is_found_wrong():
 @pytest.mark.parametrize("lmax", [1, 2])
 def test_edge_reference_is_e3nns(free, lmax, monkeypatch):
     """With the channels one by one."""
-    inputs = family.make_edge_inputs(4, 3, 3, lmax, free, CPU)
+    inputs = edges.make_edge_inputs(4, 3, 3, lmax, free, CPU)
     twice = {name: getattr(inputs, name).double() for name in ("x", "g", "probe_x", "vectors", "probe_vectors")}
     weights = {name: getattr(inputs, name).double() for name in ("weight", "probe_weight")}
-    exact = family.EdgeInputs(**twice, **weights, edge_index=inputs.edge_index, lmax=lmax, channels=3)
-    with family._default_dtype(torch.float64):
-        product, harmonics = family._e3nn_messages(exact), family._harmonics(exact)
-    expected = family._by_messages(exact, product, harmonics).call(DOUBLE)
-    monkeypatch.setattr(family, "CHUNK", 1)
-    found = family._edge_reference(inputs, DOUBLE)
+    exact = edges.EdgeInputs(**twice, **weights, edge_index=inputs.edge_index, lmax=lmax, channels=3)
+    with parts.default_dtype(torch.float64):
+        product, harmonics = edges._e3nn_messages(exact), edges._harmonics(exact)
+    expected = edges._by_messages(exact, product, harmonics).call(DOUBLE)
+    monkeypatch.setattr(edges, "CHUNK", 1)
+    found = edges._edge_reference(inputs, DOUBLE)
     assert max(harness.relative_errors(found, expected)) < 1e-12
     assert [t.shape for t in found] == [t.shape for t in expected]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["forces", "training"])
 @pytest.mark.parametrize("free", [False, True], ids=["a weight a degree", "free weights"])
-@pytest.mark.parametrize("name", [harness.OURS, *family.CONVOLUTION_PEERS])
+@pytest.mark.parametrize("name", [harness.OURS, *edges.CONVOLUTION_PEERS])
 def test_convolutions_are_right_before_they_are_timed(name, free, which):
     if name == "OpenEquivariance" and not torch.cuda.is_available():
         pytest.skip("OpenEquivariance needs a GPU")
-    case = family._convolution_cases(4, 3, 2, 2, free)[which]
+    case = edges.convolution_cases(4, 3, 2, 2, free)[which]
     inputs = case.inputs(CPU)
     build = case.ours if name == harness.OURS else case.peers[name]
     for mode in case.modes:
@@ -136,9 +139,9 @@ def test_convolutions_are_right_before_they_are_timed(name, free, which):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["forces", "training"])
-@pytest.mark.parametrize("name", [harness.OURS, *family.MANY_BODY_PEERS])
+@pytest.mark.parametrize("name", [harness.OURS, *many_body.MANY_BODY_PEERS])
 def test_many_body_features_are_right_before_they_are_timed(name, which):
-    case = family._many_body_cases(12, 2, 1, 1)[which]
+    case = many_body.many_body_cases(12, 2, 1, 1)[which]
     inputs = case.inputs(CPU)
     build = case.ours if name == harness.OURS else case.peers[name]
     for mode in case.modes:
@@ -164,7 +167,7 @@ def test_double_backward_by_hand():
     """u = w x³: the gradient 3 g w x², its derivatives against v by x 6 g v w x, and by w not among the results."""
     x, w = torch.tensor([2.0, -1.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
     g, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0])
-    layer = family.Layer(lambda: w * x**3, [x], g, weights=[w], probes=[v])
+    layer = parts.Layer(lambda: w * x**3, [x], g, weights=[w], probes=[v])
     assert [t.tolist() for t in layer.call(BOTH)] == [[24.0, -3.0], [36.0, 18.0]]
     assert [t.tolist() for t in layer.call(DOUBLE)] == [[24.0, -3.0], [36.0, 18.0], [36.0, 36.0]]
 
@@ -200,14 +203,14 @@ def test_gpu_cases_cover_what_is_promised():
     assert {(p["rows"], p["C"], p["L"]) for p in products} == {(10_000, 128, d) for d in range(1, 9)}
     layers = {(c.labels["L"], c.labels["rank"]) for c in cases if c.labels["op"] == "layer"}
     assert {(d, rank) for d in (2, 3, 4) for rank in (1, d)} <= layers
-    edges = {
+    measured = {
         (c.labels["L"], c.labels["weights"], mode)
         for c in cases
         for mode in c.modes
         if c.labels["op"] == "edge convolution" and c.labels["edges"] == 500_000 and c.labels["C"] == 128
     }
     kinds = ("weights one per degree", "weights free per path")
-    assert edges == {(d, kind, mode) for d in (1, 2, 3) for kind in kinds for mode in (FORWARD, BOTH, DOUBLE)}
+    assert measured == {(d, kind, mode) for d in (1, 2, 3) for kind in kinds for mode in (FORWARD, BOTH, DOUBLE)}
     assert any(c.labels["op"] == "many-body" and DOUBLE in c.modes and c.headline for c in cases)
     assert all(name in cases[0].peers for name in ("torchlayers, sparse", "torchlayers, separable"))
     for case in cases:

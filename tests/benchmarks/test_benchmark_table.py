@@ -1,4 +1,4 @@
-"""README's performance table: what it shows, and that it is current."""
+"""The performance tables: what they show, and that they are current."""
 
 import json
 
@@ -50,6 +50,14 @@ def test_a_gpu_result_stands_for_its_device_and_names_what_it_lacks():
     assert "3 passed, 0 failed, 1 skipped" in text
 
 
+def test_the_brief_table_counts_what_was_not_measured():
+    documents = {"conv_cpu.json": document(ENVIRONMENT, row(64, 2.0, peer=FASTER))}
+    text = table.render(documents, ["conv"], expected(128, 256), brief=True)
+    assert "| N 64 | forward+backward | CPU | 2.00 ms |" in text
+    assert "| 2 shapes | forward+backward | GPU | not measured | – | – | – |" in text
+    assert "N 128" not in text
+
+
 def test_a_wrong_result_of_ours_shows_no_time():
     wrong = row(64, 2.0, peer=FASTER)
     wrong["implementations"][OURS] = {"status": "wrong", "error": 0.5, "detail": "relative error 5e-01"}
@@ -75,17 +83,20 @@ def test_other_json_files_are_passed_over(tmp_path):
     assert list(table.load_documents(tmp_path)) == ["conv_cpu.json"]
 
 
-def test_check_says_whether_readme_is_current(tmp_path, monkeypatch, capsys):
+def test_check_says_which_page_is_stale(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "ROOT", tmp_path)
-    monkeypatch.setattr(table, "current_text", lambda: "new")
+    monkeypatch.setattr(table, "PAGES", {"README.md": True, "full.md": False})
+    monkeypatch.setattr(table, "current_text", lambda brief: "brief" if brief else "full")
     readme = tmp_path / "README.md"
     readme.write_text(f"{table.BEGIN}\nold\n{table.END}\n")
+    (tmp_path / "full.md").write_text(f"{table.BEGIN}\nfull\n{table.END}\n")
     assert table.main(["--check"]) == 1
-    assert "stale" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "README.md" in error and "stale" in error and "full.md" not in error
     assert "old" in readme.read_text()
     assert table.main([]) == 0
     assert table.main(["--check"]) == 0
 
 
-def test_the_table_in_readme_is_current():
+def test_the_tables_are_current():
     assert table.main(["--check"]) == 0, "run `python -m benchmarks.table`"

@@ -30,6 +30,7 @@ from torchlayers.maestro import (
     LowRankLinear,
     LowRankMultiheadAttention,
 )
+from torchlayers.polynomial import PPGN, PolynomialConv, PPGNBlock
 from torchlayers.ring_attention import RingMultiheadAttention
 from torchlayers.separable_conv import (
     LazySeparableConv1d,
@@ -417,6 +418,81 @@ def _low_rank_attention(name: str, slow=(), **options) -> Entry:
     )
 
 
+def _dense_pairs(channels: int):
+    def make(batch, dtype):
+        nodes = torch.arange(5) < torch.tensor([5, 3, 4, 2, 1, 5])[torch.arange(batch) % 6][:, None]
+        return torch.randn(batch, 5, 5, channels, dtype=dtype), nodes
+
+    return make
+
+
+def _bad_pairs(channels: int):
+    return {
+        "x#no tensor": lambda m: m([[1.0]]),
+        "x#dimensions": lambda m: m(torch.randn(4, channels)),
+        "x#square": lambda m: m(torch.randn(2, 4, 5, channels)),
+        "x#channels": lambda m: m(torch.randn(2, 4, 4, channels + 1)),
+        "x#dtype": lambda m: m(torch.ones(2, 4, 4, channels, dtype=torch.int64)),
+        "mask#shape": lambda m: m(torch.randn(2, 4, 4, channels), torch.ones(2, 5, dtype=torch.bool)),
+        "mask#dtype": lambda m: m(torch.randn(2, 4, 4, channels), torch.ones(2, 4)),
+    }
+
+
+# As wide as it takes for no pair to have all hidden units at zero, where zero biases are a kink.
+def _ppgn_block(name: str, slow=(), not_applicable=(), **options) -> Entry:
+    return Entry(
+        name=f"PPGNBlock[{name}]",
+        module=PPGNBlock,
+        factory=lambda **keywords: PPGNBlock(3, 16, **options, **keywords),
+        make_input=_dense_pairs(3),
+        shows=("3, 16", f"plus={options.get('plus', True)}"),
+        bad_calls=_bad_pairs(3),
+        bad_constructions={
+            "in_channels": lambda: PPGNBlock(0, 4),
+            "out_channels": lambda: PPGNBlock(3, 2.5),
+            "mlp_depth": lambda: PPGNBlock(3, 4, 0),
+            "norm": lambda: PPGNBlock(3, 4, norm="batch"),
+            "scale": lambda: PPGNBlock(3, 4, scale="sqrt"),
+            "backend": lambda: PPGNBlock(3, 4, backend="cuda"),
+        },
+        not_applicable=dict(not_applicable),
+        second_order=True,
+        slow=slow,
+    )
+
+
+def _ppgn(name: str, slow=(), **options) -> Entry:
+    return Entry(
+        name=f"PPGN[{name}]",
+        module=PPGN,
+        factory=lambda **keywords: PPGN(3, 16, 2, 2, **options, **keywords),
+        make_input=_dense_pairs(3),
+        shows=("3, 16, 2", "num_layers=2", f"readout={options.get('readout', 'last')!r}"),
+        bad_calls=_bad_pairs(3),
+        bad_constructions={
+            "in_channels": lambda: PPGN(0, 4, 2, 2),
+            "hidden_channels": lambda: PPGN(3, 0, 2, 2),
+            "out_channels": lambda: PPGN(3, 4, 0, 2),
+            "num_layers": lambda: PPGN(3, 4, 2, 0),
+            "pool": lambda: PPGN(3, 4, 2, 2, pool="sum"),
+            "readout": lambda: PPGN(3, 4, 2, 2, readout="jk"),
+            "head_channels": lambda: PPGN(3, 4, 2, 2, head_channels=0),
+            "backend": lambda: PPGN(3, 4, 2, 2, backend="cuda"),
+        },
+        second_order=True,
+        slow=slow,
+    )
+
+
+def _graph_input(batch: int, dtype: torch.dtype) -> tuple:
+    """Nodes in a ring, each joined to the next and the one after, both ways: triangles from three nodes on."""
+    node = torch.arange(batch)
+    source = torch.cat([node, node, node])
+    target = torch.cat([(node + step) % batch for step in (1, 2, 0)])
+    keys = torch.unique(torch.cat([source * batch + target, target * batch + source]))
+    return torch.randn(batch, 3, dtype=dtype), torch.stack([keys // batch, keys % batch])
+
+
 ENTRIES: list[Entry] = [
     _spectral_conv("dense"),
     _spectral_conv("cp", factorization="cp", rank=0.5, slow=COMPILERS),
@@ -703,6 +779,46 @@ ENTRIES: list[Entry] = [
     _ring_attention("causal", is_causal=True),
     _ring_attention("window", window_size=(2, 1), bias=False, slow=COMPILERS),
     _ring_attention("cross", kdim=5, vdim=6, slow=COMPILERS),
+    _ppgn_block("plus"),
+    _ppgn_block(
+        "plain",
+        plus=False,
+        mlp_depth=1,
+        norm="layer",
+        scale="sqrt_n",
+        slow=COMPILERS,
+        not_applicable=because("the loss of the check is nearly constant over what a LayerNorm gives", "autocast"),
+    ),
+    _ppgn("plus"),
+    _ppgn("plain", plus=False, scale="n", pool="add", readout="jk_sum", slow=COMPILERS),
+    Entry(
+        name="PolynomialConv",
+        module=PolynomialConv,
+        factory=lambda **keywords: PolynomialConv(3, 4, **keywords),
+        make_input=_graph_input,
+        shows=("3, 4", "patterns=4", "normalize='log1p'"),
+        bad_calls={
+            "x#no tensor": lambda m: m([1.0, 2.0], torch.zeros(2, 0, dtype=torch.int64)),
+            "x#channels": lambda m: m(torch.randn(2, 4), torch.zeros(2, 0, dtype=torch.int64)),
+            "edge_index#dtype": lambda m: m(torch.randn(2, 3), torch.zeros(2, 1)),
+            "edge_index#range": lambda m: m(torch.randn(2, 3), torch.full((2, 1), 2)),
+            "edge_attr": lambda m: m(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.ones(1, 1)),
+            "poly": lambda m: m(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.int64), None, torch.ones(1, 3)),
+        },
+        bad_constructions={
+            "in_channels": lambda: PolynomialConv(0, 4),
+            "out_channels": lambda: PolynomialConv(3, 0),
+            "patterns": lambda: PolynomialConv(3, 4, []),
+            "edge_dim": lambda: PolynomialConv(3, 4, edge_dim=0),
+            "normalize": lambda: PolynomialConv(3, 4, normalize="log"),
+        },
+        not_applicable={
+            **because("nodes and edges have one dimension each", "leading_dimensions"),
+            **because("edge_index has its edges along dimension 1: exported in tests/polynomial", "exported"),
+            **because("a graph is no batch to share out: each rank has graphs of its own", "ddp", "fsdp2"),
+        },
+        second_order=True,
+    ),
     _loss(LpLoss, {"p": lambda: LpLoss(p=0.5)}),
     _loss(H1Loss, {"periodic": lambda: H1Loss(periodic=(True,))}),
 ]

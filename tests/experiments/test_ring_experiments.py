@@ -3,7 +3,6 @@
 Run as a program, this file is what the processes run: ``train.py`` for several command lines, one after the other.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -42,19 +41,6 @@ TOGETHER = {
         "parts": (["mesh.dp=2", "mesh.sp=2", FP64, "trainer.accumulate=2", "trainer.strategy=fsdp2"], "fp64"),
     },
 }
-
-
-def _means_of_training():
-    """The fixtures of tests/training, which start processes as torchrun would and read a run's lines."""
-    spec = importlib.util.spec_from_file_location("training_conftest", ROOT / "tests" / "training" / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-if __name__ != "__main__":
-    _training = _means_of_training()
-    spawn_once, metrics = _training.spawn_once, _training.metrics
 
 
 def train(arguments):

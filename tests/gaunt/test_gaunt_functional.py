@@ -1,5 +1,6 @@
 """The product, the bracket and the many-body power, by every method: against values at points, and bad input."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,7 +10,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import torchlayers
-from torchlayers.gaunt import gaunt_many_body, gaunt_tensor_product, grid, reference
+from torchlayers.gaunt import (
+    GauntSymmetricContraction,
+    functional,
+    gaunt_many_body,
+    gaunt_tensor_product,
+    grid,
+    reference,
+)
 from torchlayers.gaunt.irreps import e3nn_o3
 from torchlayers.testing import assert_close_rel, assert_equivariant
 
@@ -429,6 +437,26 @@ def test_power_kernel(device):
         z = gaunt_many_body(x, 2, 3, 2, backend="triton")
         assert torchlayers.last_dispatch().startswith("triton: ")
         assert_close_rel(z, reference.gaunt_many_body(x.double(), 2, 3, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.interpret
+def test_symmetric_contraction_takes_all_powers_in_one_pass(device, monkeypatch):
+    calls, kernel = [], functional._kernels.sphere_power
+
+    def counted(x, basis, projection, weights, powers):
+        calls.append(powers)
+        return kernel(x, basis, projection, weights, powers)
+
+    monkeypatch.setattr(functional._kernels, "sphere_power", counted)
+    for irreps, passes in (("2x0e+2x1o+2x2e", 1), ("2x0e+2x1o+2x1e", 2)):  # a true signal; beside a pseudo-signal
+        module = GauntSymmetricContraction(irreps, "2x0e+2x1o", 4, 3, backend="triton").to(device)
+        exact = copy.deepcopy(module).double()
+        exact.backend = "torch"
+        x, y = torch.randn(5, 2, module.num_components, device=device), torch.arange(5, device=device) % 3
+        calls.clear()
+        assert_close_rel(module(x, y), exact(x.double(), y))
+        assert calls == [(2, 3, 4)] * passes
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

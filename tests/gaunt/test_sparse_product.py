@@ -103,6 +103,35 @@ def test_every_way_of_multiplying_is_the_same(common, weights, monkeypatch):
         assert_close_rel(function(*tensors, spec), definition(*tensors, dense(spec)), rtol=1e-13)
 
 
+@pytest.mark.parametrize("weights", [None, "shared", "each"], ids=str)
+@pytest.mark.parametrize("common", [False, True], ids=["uuu", "uvu"])
+@pytest.mark.parametrize("name", ["degree 1", "degree 2", "degree 4"])
+def test_vmap_of_values_and_derivatives(name, common, weights):
+    """Every argument alone, and all of them, with a dimension of vmap's; gradients, and theirs by what is mapped."""
+    spec, table = SPECS[name], dense(SPECS[name])
+    tensors = [t.detach() for t in make(spec, 4, 2, common, weights) if t is not None]
+    mapped = [torch.stack([t, torch.randn_like(t), t.roll(1, 0)], 1) for t in tensors]
+
+    def both(function):
+        def value(*t):
+            return function(t[0], t[1], t[2] if len(t) > 2 else None)
+
+        def slope(*t):
+            gradients = torch.func.grad(lambda *t: value(*t).sin().sum(), tuple(range(len(t))))(*t)
+            return sum((g**3).sum() for g in gradients)
+
+        return value, slope, torch.func.grad(slope, tuple(range(len(tensors))))
+
+    ours, wanted = both(lambda *t: sparse_product(*t, spec)), both(lambda *t: definition(*t, table))
+    for chosen in [{n} for n in range(len(tensors))] + [set(range(len(tensors)))]:
+        arguments = [mapped[n] if n in chosen else t for n, t in enumerate(tensors)]
+        dims = tuple(1 if n in chosen else None for n in range(len(tensors)))
+        for mine, reference in zip(ours, wanted, strict=True):
+            found, expected = (torch.vmap(f, dims)(*arguments) for f in (mine, reference))
+            for a, b in zip(*((t,) if torch.is_tensor(t) else t for t in (found, expected)), strict=True):
+                assert_close_rel(a, b, rtol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 4)], ids=str)
 def test_one_sample_or_channel(shape):
     spec = all_paths(2, 1, 2)

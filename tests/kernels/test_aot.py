@@ -32,7 +32,8 @@ def test_machines_are_the_targets():
 def test_compiles_within_budget(name, target):
     row = _aot.compile_config(CONFIGS[name], _aot.MACHINES[target])
     assert _aot.offences(row, CONFIGS[name], _aot.MACHINES[target]) == []
-    assert row.registers > 16  # a kernel that the compiler emptied has fewer
+    # A kernel that the compiler emptied has fewer; AMD's count leaves out the scalar ones.
+    assert row.registers > (4 if _aot.MACHINES[target].gpu.backend == "hip" else 16)
     record = json.loads(RECORD.read_text())
     if record["triton"] == triton.__version__:
         update = f"run: python -m torchlayers.kernels._aot {RECORD.relative_to(RECORD.parents[2])}"

@@ -250,31 +250,140 @@ def _sparse_samples(order=0):
             yield draw(2, 3, 4), *arguments, *directions, spec, [True, True, True, w is not None]
 
 
+def _separable_samples(kind=""):
+    """Both orders and memory formats, with strides and dilation; nothing; what wants no gradient."""
+    geometry = [2, 1], [1, 2], [1, 2], [3, 5]
+    kinds = (0, torch.float32, 2, True), (1, torch.bfloat16, 2, False), (0, torch.float32, 0, True)
+    for across, dtype, batch, grad in kinds:
+        x, first, second, bias, g = (
+            torch.randn(size, dtype=dtype, requires_grad=grad)
+            for size in ((batch, 3, 6, 5), (2, 3, 3), (4, 2, 3), (4,), (batch, 4, 3, 5))
+        )
+        if kind == "input":
+            yield g, first, second, across, *geometry[:3], [6, 5]
+        elif kind == "filters":
+            yield x, g, first, second, across, *geometry[:3], [True, across == 0]
+        else:
+            x = x.detach().to(memory_format=torch.channels_last).requires_grad_(grad)
+            yield x, first, second, bias, across, *geometry, None
+            yield x, first, second, None if across else bias, across, *geometry, "gelu"
+
+
+def _lists():
+    """A triangle with a loop and a node that hangs on it, as sorted lists: row, col, offsets, reverse."""
+    row, col = [0, 0, 1, 1, 1, 2, 2, 2, 3], [1, 2, 0, 1, 2, 0, 1, 3, 2]
+    reverse = [2, 5, 0, 3, 6, 1, 4, 8, 7]
+    return [torch.tensor(t, dtype=torch.int32) for t in (row, col, [0, 2, 5, 8, 9], reverse)]
+
+
+def _masked_product_samples():
+    for shape, transpose_a, transpose_b in (((9,), False, False), ((9, 3), True, False), ((9, 3), False, True)):
+        tensors = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+        yield *tensors, *_lists(), transpose_a, transpose_b
+    counts = torch.ones(9, dtype=torch.int64)
+    yield counts, counts, *_lists(), False, False
+    empty = torch.zeros(0, 2, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int32)
+    yield empty, empty, none, none, torch.zeros(4, dtype=torch.int32), none, False, False
+
+
+def _edge_polynomials_samples():
+    index = torch.tensor([[0, 1, 1, 2, 0, 2], [1, 0, 2, 1, 2, 0]])
+    patterns = "[(((0, 1), (0, 2), (1, 2)), (0, 1), False, 3), (((0, 1), (1, 2)), (0, 2), False, 3)]"
+    yield index, None, 3, patterns
+    yield index, torch.ones(6, dtype=torch.float64), 4, patterns
+    yield index, None, 3, "[]"
+
+
+def _pair_pointers(dtype=torch.int64):
+    """Graphs of 2, 0, 1 and 3 nodes."""
+    return torch.tensor([0, 2, 2, 3, 6], dtype=dtype), torch.tensor([0, 4, 4, 5, 14], dtype=dtype)
+
+
+def _segment_matmul_samples():
+    for dtype, turned in (
+        (torch.float32, (False, True)),
+        (torch.float32, (True, True)),
+        (torch.bfloat16, (True, False)),
+    ):
+        factors = [torch.randn(14, 5, dtype=dtype, requires_grad=dtype == torch.float32) for _ in range(2)]
+        yield *factors, *_pair_pointers(), *turned, 0.5
+    yield (
+        torch.randn(5, 14).t().requires_grad_(),
+        torch.randn(14, 1).expand(14, 5),
+        *_pair_pointers(torch.int32),
+        False,
+        False,
+        0.0,
+    )
+    yield (
+        torch.randn(0, 5, requires_grad=True),
+        torch.randn(0, 5),
+        *(torch.zeros(2, dtype=torch.int64),) * 2,
+        False,
+        False,
+        1.0,
+    )
+
+
+def _pair_mlp_samples(backward=False):
+    for plus, rows in ((True, 14), (False, 14), (True, 0)):
+        ptr = _pair_pointers() if rows else (torch.zeros(2, dtype=torch.int64),) * 2
+        shapes = [(rows, 3)]
+        for width in (8, 4) if plus else (3, 3):
+            shapes += [(5, width), (5,), (5, 5), (5,)]
+        x, *parameters = (torch.randn(shape, requires_grad=not backward) for shape in shapes)
+        if not backward:
+            yield x, *ptr, *parameters, plus
+            continue
+        results = torch.ops.torchlayers.pair_mlp(x, *ptr, *parameters, plus)
+        for wants_x in (True, False):
+            yield *(torch.randn_like(m) for m in results), *results, x, *ptr, *parameters, plus, wants_x
+
+
+def _pair_linear_samples(backward=False):
+    for plus, rows in ((True, 14), (False, 14), (True, 0)):
+        ptr = _pair_pointers() if rows else (torch.zeros(2, dtype=torch.int64),) * 2
+        shapes = (rows, 3), (rows, 5), (4, 8 + plus), (4,)
+        x, y, weight, bias = (torch.randn(shape, requires_grad=not backward) for shape in shapes)
+        if not backward:
+            yield x, y, *ptr, weight, bias, plus
+            continue
+        for wants_x in (True, False):
+            yield torch.randn(rows, 4), x, y, *ptr, weight, plus, wants_x
+
+
 SAMPLES = {
     "all_reduce": lambda: [(torch.randn(2, 6, requires_grad=True), "", "", "first")],
     "all_to_all_heads": lambda: _exchange_samples(_ZIGZAG, "", 0, "", None, "first"),
     "all_to_all_sequence": lambda: _exchange_samples([4, 4], _ZIGZAG, "", 0),
+    "edge_polynomials": _edge_polynomials_samples,
     "gather_sequence": lambda: _sequence_samples(False),
-    "reduce_scatter_sequence": _sequence_samples,
     "low_rank_conv": _low_rank_conv_samples,
     "low_rank_conv_gradients": lambda: _low_rank_conv_samples(backward=True),
     "low_rank_linear": _low_rank_graph_samples,
     "low_rank_linear_forward": _low_rank_samples,
     "low_rank_linear_gradients": lambda: _low_rank_graph_samples(backward=True),
-    "ring_attention_forward": _ring_samples,
+    "masked_product": _masked_product_samples,
+    "pair_linear": _pair_linear_samples,
+    "pair_linear_backward": lambda: _pair_linear_samples(backward=True),
+    "pair_mlp": _pair_mlp_samples,
+    "pair_mlp_backward": lambda: _pair_mlp_samples(backward=True),
+    "reduce_scatter_sequence": _sequence_samples,
     "ring_attention_backward": lambda: _ring_samples(backward=True),
+    "ring_attention_forward": _ring_samples,
     "ring_self_attention": _whole_row_samples,
     "ring_self_attention_backward": lambda: _whole_row_samples(backward=True),
-    "ring_tensor_attention_forward": _ring_tensor_samples,
     "ring_tensor_attention_backward": lambda: _ring_tensor_samples(backward=True),
+    "ring_tensor_attention_forward": _ring_tensor_samples,
     "scatter_sequence": _sequence_samples,
+    "segment_matmul": _segment_matmul_samples,
+    "separable_conv": _separable_samples,
+    "separable_conv_filters": lambda: _separable_samples("filters"),
+    "separable_conv_input": lambda: _separable_samples("input"),
     "sparse_product": _sparse_samples,
     "sparse_product_gradients": lambda: _sparse_samples(1),
     "sparse_product_second": lambda: _sparse_samples(2),
-    "sphere_convolution": _sphere_convolution_samples,
-    "sphere_convolution_filter": lambda: _sphere_convolution_samples(backward=True),
-    "sphere_polynomial": _sphere_samples,
-    "table": lambda: [("test_ops", [4], torch.float32, torch.device("cpu"))],
     "spectral_mix": lambda: _mix_samples("dense"),
     "spectral_mix_cp": lambda: _mix_samples("cp"),
     "spectral_mix_cp_backward": lambda: _mix_samples("cp", backward=True),
@@ -284,27 +393,32 @@ SAMPLES = {
     ],
     "spectral_mix_tucker": lambda: _mix_samples("tucker"),
     "spectral_mix_tucker_backward": lambda: _mix_samples("tucker", backward=True),
+    "sphere_convolution": _sphere_convolution_samples,
+    "sphere_convolution_filter": lambda: _sphere_convolution_samples(backward=True),
+    "sphere_polynomial": _sphere_samples,
+    "table": lambda: [("test_ops", [4], torch.float32, torch.device("cpu"))],
     "tdft1_forward": _line_samples,
     "tdft1_inverse": _line_inverse_samples,
     "tdft1_inverse_backward": lambda: _inverse_backward_samples(1),
-    "tensor_attention_forward": _attention_samples,
-    "tensor_attention_backward": _attention_gradient_samples,
-    "tensor_attention_chunked": _attention_samples,
-    "tensor_attention_chunked_backward": _attention_gradient_samples,
     "tdft2_forward": _forward_samples,
     "tdft2_inverse": lambda: [*_inverse_samples(), *_inverse_epilogue_samples()],
     "tdft2_inverse_backward": lambda: _inverse_backward_samples(2),
+    "tensor_attention_backward": _attention_gradient_samples,
+    "tensor_attention_chunked": _attention_samples,
+    "tensor_attention_chunked_backward": _attention_gradient_samples,
+    "tensor_attention_forward": _attention_samples,
 }
 
 
 def test_opcheck():
     for name in _aot.kernel_modules():
         importlib.import_module(f"torchlayers.kernels.{name}")
-    # Register the chunked path, which is the attention kernels' plain implementation, the collectives, and what serves
-    # every rank in one graph.
+    # Register the chunked path, which is the attention kernels' plain implementation, the collectives, what serves
+    # every rank in one graph, and the polynomials of edges.
     importlib.import_module("torchlayers.tensor_attention")
     importlib.import_module("torchlayers.ring_attention")
     importlib.import_module("torchlayers.maestro")
+    importlib.import_module("torchlayers.polynomial")
     results = opcheck_all(SAMPLES)
     assert {"tdft2_forward", "tdft2_inverse", "spectral_mix", "table"} <= results.keys()
 

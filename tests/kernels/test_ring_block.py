@@ -546,7 +546,7 @@ def test_every_launch_configuration(d, dtype, device):
     bound = 2e-2 if dtype == torch.bfloat16 else 2e-5
     seen = []
     for kind in (rb._FORWARD, rb._QUERY, rb._KEY):
-        seen += rb._candidates(kind, dtype != torch.float32, rb._padded(d), target_of(device))
+        seen += rb._candidates(kind, dtype != torch.float32, rb.padded(d), target_of(device))
     for tile in seen:
         for found, reference in zip(
             ring(*tensors, case, list(zigzag(700, 2)), weights, tiles=[tile]), expected, strict=True

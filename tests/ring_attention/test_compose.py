@@ -5,14 +5,8 @@ case, the largest error it saw; the tests read these.
 """
 
 import copy
-import datetime
 import functools
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +22,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import torchlayers
 from torchlayers._placement import placement, use_layout
 from torchlayers.functional import ring_attention
 from torchlayers.ring_attention import (
@@ -39,6 +32,7 @@ from torchlayers.ring_attention import (
     sequence_parallel_loss,
     shard_batch,
 )
+from torchlayers.testing import serve_ranks, spawn_ranks
 
 WORLD = 4
 LENGTH = 14
@@ -301,39 +295,21 @@ class Rank:
         self.compare("compiled", mesh, zip(ring.parameters(), mha.parameters(), strict=True))
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
+def work(rank):
     # FSDP2's, at any model that ends in a Linear.
     warnings.filterwarnings("ignore", ".*returned a view tensor")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
     ranks = Rank()
     ranks.all_data_parallel()
     ranks.tensor_parallel()
     ranks.pipeline()
     ranks.compiled()
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(ranks.errors))
+    return ranks.errors
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the four ranks found."""
-    folder = tmp_path_factory.mktemp("world")
-    root = str(Path(torchlayers.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return spawn_ranks(__file__, WORLD, tmp_path_factory.mktemp("world"))
 
 
 CASES = (
@@ -358,5 +334,4 @@ def test_equals_one_process(results, case):
 
 
 if __name__ == "__main__":
-    # Forked ranks share one import of torch; the parent has run no backward, which forked ranks could not follow.
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    serve_ranks(work)

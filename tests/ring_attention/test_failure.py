@@ -5,7 +5,6 @@ its part of the forward ring, "hang backward 2 3" stops rank 2 in its third befo
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -26,18 +25,7 @@ COMMON += ["mesh.dp=1", "mesh.sp=-1", "checkpoint.every=2", "checkpoint.keep=9"]
 HANG_S = 40.0
 
 
-def _means_of_training():
-    """The fixtures of tests/training, which start processes as torchrun would and read a run's lines."""
-    spec = importlib.util.spec_from_file_location("training_conftest", ROOT / "tests" / "training" / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-if __name__ != "__main__":
-    _training = _means_of_training()
-    spawn, metrics = _training.spawn, _training.metrics
-    pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.distributed
 
 
 def train(*arguments):

@@ -5,14 +5,7 @@ writes, per case, the largest error it saw; the tests read these.
 """
 
 import copy
-import datetime
 import functools
-import json
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[transformers]'")
 
-import torchlayers  # noqa: E402
 from torchlayers._placement import use_layout  # noqa: E402
 from torchlayers.ring_attention import (  # noqa: E402
     LoopbackWorld,
@@ -36,6 +28,7 @@ from torchlayers.ring_attention import (  # noqa: E402
     shard_batch,
 )
 from torchlayers.tensor_attention.huggingface import register_ring_tensor_attention  # noqa: E402
+from torchlayers.testing import serve_ranks, spawn_ranks  # noqa: E402
 
 WORLD = 2
 LENGTH = 26
@@ -250,34 +243,16 @@ def checkpointed(model):
     return model
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def work(rank):
     ranks = Rank()
     ranks.run()
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(ranks.errors))
+    return ranks.errors
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the ranks found."""
-    folder = tmp_path_factory.mktemp("world")
-    root = str(Path(torchlayers.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return spawn_ranks(__file__, WORLD, tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.distributed
@@ -404,5 +379,4 @@ def test_tensor_attention_on_one_process():
 
 
 if __name__ == "__main__":
-    # Forked ranks share one import; the parent has run no backward, which forked ranks could not follow.
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    serve_ranks(work)

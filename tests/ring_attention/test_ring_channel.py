@@ -4,14 +4,8 @@ This file is also the program that the four processes run; each writes what it f
 """
 
 import copy
-import datetime
-import json
-import os
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-import torchlayers
 from torchlayers import LoopbackWorld, SequenceLayout
 from torchlayers._ring import agree, group_name, place, resolve
 from torchlayers.functional import ring_attention
+from torchlayers.testing import serve_ranks, spawn_ranks
 
 WORLD = 4
 
@@ -310,37 +304,19 @@ def refusals(found):
     attempt("first", lambda: ring_attention(x, x, x, layout=layout, group=group))
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
+def work(rank):
     # Dynamo itself instantiates the autograd.Function that it traces, and warns of what it cannot.
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
     found = {"errors": {}, "refusals": {}}
     attention_cases(init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "dp")), found["errors"])
     refusals(found["refusals"])
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    return found
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """What each of the four ranks found."""
-    folder = tmp_path_factory.mktemp("world")
-    root = str(Path(torchlayers.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return spawn_ranks(__file__, WORLD, tmp_path_factory.mktemp("world"))
 
 
 CASES = [f"{kind} {how}" for kind in ("contiguous", "zigzag", "striped") for how in ("ring", "allgather")]
@@ -401,5 +377,4 @@ def test_a_refused_call_sends_nothing_and_leaves_the_group_usable(processes):
 
 
 if __name__ == "__main__":
-    # Forked ranks share one import of torch; the parent has run no backward, which forked ranks could not follow.
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    serve_ranks(work)

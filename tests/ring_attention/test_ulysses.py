@@ -3,13 +3,7 @@
 This file is also the program that the four processes run; each writes what it found, and the tests read these.
 """
 
-import datetime
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +27,7 @@ from torchlayers.functional import (
     ulysses_attention,
     usp_attention,
 )
+from torchlayers.testing import serve_ranks, spawn_ranks
 
 N, DOCUMENTS = 13, (0, 4, 4, 13)
 KINDS = ("contiguous", "zigzag", "striped", "documents")
@@ -542,36 +537,18 @@ def refused(rank, mesh):
     return message
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
+def work(rank):
     # Dynamo instantiates every torch.autograd.Function that it traces, which warns.
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
     results = {"refused": refused(rank, mesh), "errors": cases(rank, mesh)}
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the four ranks found."""
-    folder = tmp_path_factory.mktemp("world")
-    root = str(Path(torchlayers.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return spawn_ranks(__file__, WORLD, tmp_path_factory.mktemp("world"))
 
 
 CASES = (
@@ -603,5 +580,4 @@ def test_processes_refuse_together(results):
 
 
 if __name__ == "__main__":
-    # Forked ranks share one import of torch; the parent has run no backward, which forked ranks could not follow.
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    serve_ranks(work)

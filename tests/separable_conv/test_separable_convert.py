@@ -69,6 +69,19 @@ def test_skip_takes_names_patterns_and_classes():
     assert not convert(cnn(), skip=[nn.Sequential]).rows
 
 
+def test_skip_refuses_what_fits_nothing():
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 16, 3))
+    with pytest.raises(ValueError, match=r"skip must name modules of the model, got 'stme'.*did you mean 'stem'"):
+        convert(model, skip=["stme"])
+    with pytest.raises(ValueError, match=r"got 'blocks\.\*', which fits none"):
+        convert(model, skip=["stem", "blocks.*"])
+    with pytest.raises(TypeError, match="skip must hold names and module classes, got 3"):
+        convert(model, skip=[3])
+    assert type(model.stem) is nn.Conv2d
+    assert not convert(model, skip="stem").converted  # one name need not stand in a list
+
+
 def test_the_common_convert_does_the_same():
     model = cnn()
     report = torchlayers.convert(model, SeparableConfig("cp", 8, "fresh"))

@@ -19,6 +19,7 @@ from torchlayers.separable_conv import (
     separable_conv_transpose,
 )
 from torchlayers.separable_conv.decompose import cp_als
+from torchlayers.separable_conv.functional import METHODS
 from torchlayers.testing import assert_close_rel
 
 LAYERS = {1: SeparableConv1d, 2: SeparableConv2d, 3: SeparableConv3d}
@@ -44,9 +45,9 @@ def quiet(make):
         return make()
 
 
-def as_chain(layer):
-    """``layer`` that runs its filters, also where one dense convolution would cost less."""
-    layer._as_dense = layer.format == "kernelwise"
+def by(method, layer):
+    """``layer`` that runs its filters, or one dense convolution, whichever costs less."""
+    layer._method = method
     return layer
 
 
@@ -59,8 +60,8 @@ def test_full_rank_equals_the_dense_layer_over_all_options(dims, format):
         dense = DENSE[dims](4, 6, kernel, stride, pad, dilation, groups, padding_mode=mode)
         layer = quiet(lambda d=dense, o=order: LAYERS[dims].from_conv(d, 1.0, format, order=o))
         expected = dense(x)
-        assert_close_rel(layer(x), expected, rtol=1e-11)
-        assert_close_rel(as_chain(layer)(x), expected, rtol=1e-11)
+        for method in METHODS:
+            assert_close_rel(by(method, layer)(x), expected, rtol=1e-11)
         assert_close_rel(layer.equivalent_weight(), dense.weight, rtol=1e-11)
 
 
@@ -77,7 +78,7 @@ def test_low_ranks_equal_the_dense_layer_with_their_kernel(dims, format):
         for order in ORDERS[dims]:
             options = {"padding": padding, "groups": groups, "rank": 1, "format": format, "order": order}
             layer = quiet(functools.partial(LAYERS[dims], 4, 6, kernel, **options))
-            as_chain(layer)
+            by("chain", layer)
             dense = layer.to_dense()
             assert type(dense) is DENSE[dims]
             with warnings.catch_warnings():
@@ -100,8 +101,8 @@ def test_the_transpose_equals_torchs(format, groups):
     x = torch.randn(2, 4, 5, 6)
     for order in ORDERS[2]:
         layer = quiet(lambda o=order: SeparableConvTranspose2d.from_conv(dense, 1.0, format, order=o))
-        assert_close_rel(layer(x), dense(x), rtol=1e-11)
-        assert_close_rel(as_chain(layer)(x), dense(x), rtol=1e-11)
+        for method in METHODS:
+            assert_close_rel(by(method, layer)(x), dense(x), rtol=1e-11)
         assert_close_rel(layer(x[1]), dense(x)[1], rtol=1e-11)
         assert_close_rel(layer.to_dense()(x), dense(x), rtol=1e-11)
         assert_close_rel(layer(x, output_size=[10, 22]), dense(x, output_size=[10, 22]), rtol=1e-11)

@@ -20,9 +20,10 @@ from torchlayers.tensor_attention import (
     RingTensorAttention,
     TensorAttention,
     TensorAttentionCache,
-    distributed,
     ring_tensor_attention,
+    streams,
     tensor_attention,
+    tour,
 )
 from torchlayers.testing import assert_close_rel, relative_error
 
@@ -204,7 +205,7 @@ def test_hops_and_bytes_of_the_serpentine(world):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
 def test_visits_and_hops_of_a_symmetric_tour(world):
     layout = SequenceLayout(world, world, "striped")
-    visits = distributed._plan(layout, (-1, -1), (-1, -1), True).visits
+    visits = tour.plan_tour(layout, (-1, -1), (-1, -1), True).visits
     assert sorted(tuple(sorted(v)) for v in visits) == list(itertools.combinations_with_replacement(range(world), 2))
     hops, sent = measured(layout, symmetric=True)
     expected = world * (world + 1) // 2 - 1 + (world - 1) // 2
@@ -249,8 +250,8 @@ def test_the_next_block_is_posted_before_a_visit_is_computed(monkeypatch):
         hops[rank].append(world.hops[rank])
         return forward(q, *rest)
 
-    forward = distributed.chunked_forward
-    monkeypatch.setattr(distributed, "chunked_forward", traced)
+    forward = streams.chunked_forward
+    monkeypatch.setattr(streams, "chunked_forward", traced)
     x = torch.arange(6.0).remainder(3).view(1, 1, 6, 1)  # each token has its rank
     world.run(lambda rank, group: ring_tensor_attention(*[layout.shard(x, 2, rank)] * 5, layout=layout, group=group))
     assert hops == {rank: [1, 2, 3, 4, 5, 6, 7, 8, 8] for rank in range(3)}
@@ -384,6 +385,29 @@ def test_calls_that_differ_are_an_error_on_every_rank(option):
 
     assert all("all ranks of the group must make the same call" in error for error in refused(world, call))
     assert world.bytes_sent == [0, 0]
+
+
+@pytest.mark.parametrize("check", ["first", "always", "never"])
+def test_when_ranks_compare_their_calls(check):
+    """Ranks whose calls differ after the first are found by "always" alone."""
+    world, (tensors, *_) = LoopbackWorld(2, timeout=5), inputs(8)
+
+    def call(rank, group, scale=1.0):
+        shards = (LAYOUT.shard(x, 2, rank) for x in tensors)
+        return ring_tensor_attention(*shards, layout=LAYOUT, group=group, scale=scale, check=check)
+
+    out = LAYOUT.unshard(world.run(call), 2)
+    torch.testing.assert_close(out, tensor_attention(*tensors, scale=1.0), rtol=1e-12, atol=1e-12)
+
+    def differing(rank, group):
+        return call(rank, group, 1.0 + rank)
+
+    if check == "always":
+        assert all("all ranks of the group must make the same call" in error for error in refused(world, differing))
+    else:
+        world.run(differing)
+    with pytest.raises(ValueError, match="check must be one of 'first', 'always', 'never', got 'once'"):
+        ring_tensor_attention(*tensors, layout=SequenceLayout(8, 1), check="once")
 
 
 def test_no_group_for_several_ranks_and_a_kernel_on_the_cpu():

@@ -586,3 +586,39 @@ def test_nth_order_refuses(change, error, message):
     arguments = {"q": GOOD["query"], "keys": [GOOD["key1"], GOOD["key2"]], "values": [GOOD["value1"], GOOD["value2"]]}
     with pytest.raises(error, match=message):
         nth_order_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0, 0, 0), (1, None, 0, None, 2), (None, 0, None, 0, None)])
+def test_vmap_of_values_and_gradients(dims):
+    """What vmap maps over is a batch; what it does not is common to all of it."""
+    shapes = [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 7, 3), (2, 2, 6, 2), (2, 2, 7, 2)]
+    size = 3
+    tensors = [torch.randn(*s[: d or 0], *(() if d is None else (size,)), *s[d or 0 :], dtype=torch.float64)
+               for s, d in zip(shapes, dims, strict=True)]  # fmt: skip
+    keep = torch.arange(6).expand(2, 6) < 5
+
+    def attend(*t):
+        return tensor_attention(*t, window1=4, key_padding_mask1=keep, enable_gqa=True, backend="torch")
+
+    def slopes(*t):
+        return torch.func.grad(lambda *t: attend(*t).sin().sum(), (0, 1, 2, 3, 4))(*t)
+
+    def loop(function):
+        rows = [[t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)] for i in range(size)]
+        return [function(*row) for row in rows]
+
+    found = torch.vmap(attend, dims)(*tensors)
+    torch.testing.assert_close(found, torch.stack(loop(attend)), rtol=1e-12, atol=1e-14)
+    for mine, theirs in zip(torch.vmap(slopes, dims)(*tensors), zip(*loop(slopes), strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(theirs), rtol=1e-12, atol=1e-14)
+    # Gradients of what was mapped: those of common tensors are summed over it.
+    ours = torch.func.grad(lambda *t: torch.vmap(attend, dims)(*t).sin().sum(), (0, 1))(*tensors)
+    for mine, theirs, dim in zip(ours, list(zip(*loop(slopes), strict=True))[:2], dims[:2], strict=True):
+        wanted = torch.stack(theirs).sum(0) if dim is None else torch.stack(theirs, dim)
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_vmap_with_dropout_is_refused():
+    x = torch.randn(3, 1, 2, 6, 4)
+    with pytest.raises(NotImplementedError, match="does not run under vmap with dropout"):
+        torch.vmap(lambda x: tensor_attention(x, x, x, x, x, dropout_p=0.1), randomness="different")(x)

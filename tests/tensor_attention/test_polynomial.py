@@ -19,7 +19,7 @@ from torchlayers.tensor_attention import (
     tensor_attention_error_bound,
     tensor_attention_logit_limit,
 )
-from torchlayers.tensor_attention.polynomial import _exponents, _monomials
+from torchlayers.tensor_attention.monomials import _exponents, monomials_of
 from torchlayers.testing import assert_close_rel, assert_equivariant, relative_error
 
 
@@ -69,7 +69,7 @@ def exact(query, keys, values, scale, masks=None):
 
 def test_monomials_are_all_products_once():
     x = uniform(2, 3, 4)
-    monomials, exponents = _monomials(x, 4), _exponents(3, 4)
+    monomials, exponents = monomials_of(x, 4), _exponents(3, 4)
     assert len(set(exponents)) == len(exponents) == math.comb(7, 4) == monomials.shape[1]
     for place, variables in enumerate(exponents):
         expected = functools.reduce(operator.mul, [x[:, c] for c in variables], torch.ones(2, 4, dtype=x.dtype))

@@ -5,13 +5,7 @@ case, the largest error it saw; the tests read these.
 """
 
 import copy
-import datetime
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import torchlayers
+from torchlayers.testing import serve_ranks, spawn_ranks
 from torchlayers.tfno import TFNO
 from torchlayers.tfno.parallel import MultiGridParallel, MultigridPatching2D
 from torchlayers.tfno.patching import MultiGridPatching
@@ -340,16 +334,7 @@ def bad_arguments(mesh):
     return messages
 
 
-def work(rank, folder):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def work(rank):
     results = {}
     meshes = {
         name: DeviceMesh("cpu", torch.arange(dp * mp).view(dp, mp), mesh_dim_names=("dp", "mp"))
@@ -370,22 +355,13 @@ def work(rank, folder):
             cases.compiled()
         results[name] = cases.errors
     results["bad arguments"] = bad_arguments(meshes["1x4"])
-    dist.barrier()
-    dist.destroy_process_group()
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the four ranks found."""
-    folder = tmp_path_factory.mktemp("world")
-    root = str(Path(torchlayers.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return spawn_ranks(__file__, WORLD, tmp_path_factory.mktemp("world"))
 
 
 COMMON = ("stitched", "only this rank's patches", "patches")
@@ -451,5 +427,4 @@ def test_bad_arguments_on_every_rank(results, case, message):
 
 
 if __name__ == "__main__":
-    # Forked ranks share one import of torch; the parent has run no backward, which forked ranks could not follow.
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    serve_ranks(work)

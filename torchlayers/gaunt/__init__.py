@@ -51,3 +51,7 @@ def __getattr__(name: str) -> Any:
     from .calculator import GauntCalculator
 
     return GauntCalculator
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "GauntCalculator"})

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .._checks import check_int
 
-__all__ = ["common_dtype", "kept_degree"]
+__all__ = ["Device", "common_dtype", "kept_degree"]
+
+Device = torch.device | str | None
 
 
 def kept_degree(lmax_out: int | None, highest: int, what: str) -> int:

@@ -31,15 +31,14 @@ class GauntCalculator(_calculator.Calculator):
         PropertyNotImplementedError: a stress of atoms in no cell.
         ValueError: as the model does.
 
-    Example::
+    Example:
 
-        import ase
-        from torchlayers.gaunt import GauntPotential
-        from torchlayers.gaunt.calculator import GauntCalculator
-
-        atoms = ase.Atoms("H2O", [(0.96, 0, 0), (-0.24, 0.93, 0), (0, 0, 0)])
-        atoms.calc = GauntCalculator(GauntPotential([1, 8], cutoff=4.0, lmax=2, channels=8))
-        assert atoms.get_forces().shape == (3, 3)
+        >>> import ase
+        >>> from torchlayers.gaunt import GauntCalculator, GauntPotential
+        >>> atoms = ase.Atoms("H2O", [(0.96, 0, 0), (-0.24, 0.93, 0), (0, 0, 0)])
+        >>> atoms.calc = GauntCalculator(GauntPotential([1, 8], cutoff=4.0, lmax=2, channels=8))
+        >>> atoms.get_forces().shape
+        (3, 3)
     """
 
     implemented_properties = ("energy", "free_energy", "forces", "stress")

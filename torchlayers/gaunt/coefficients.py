@@ -115,7 +115,7 @@ def gaunt_coefficients(l1: int, l2: int, l3: int) -> Tensor:
 
     Returns:
         (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), float64, = ``gaunt_scale(l1, l2, l3) * e3nn.o3.wigner_3j(l1, l2, l3)`` where
-        l1 + l2 + l3 is even; zero where it is odd or |l1 - l2| ≤ l3 ≤ l1 + l2 fails. Entries that selection rules
+        l1 + l2 + l3 is even; zero where it is odd or ``|l1 - l2| ≤ l3 ≤ l1 + l2`` fails. Entries that selection rules
         forbid are exactly 0. Built once by an exact quadrature, then a copy each call.
 
     Raises:
@@ -132,8 +132,8 @@ def bracket_coefficients(l1: int, l2: int, l3: int) -> Tensor:
 
     Returns:
         (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), float64, = ``bracket_scale(l1, l2, l3) * e3nn.o3.wigner_3j(l1, l2, l3)`` where
-        l1 + l2 + l3 is odd; zero where it is even or |l1 - l2| ≤ l3 ≤ l1 + l2 fails. Antisymmetric under exchange of
-        any two of its factors.
+        l1 + l2 + l3 is odd; zero where it is even or ``|l1 - l2| ≤ l3 ≤ l1 + l2`` fails. Antisymmetric under exchange
+        of any two of its factors.
 
     Raises:
         TypeError, ValueError: a degree that is no int, or negative.
@@ -154,7 +154,7 @@ def clebsch_gordan(l1: int, l2: int, l3: int) -> Tensor:
 
     Raises:
         TypeError: a degree that is no int.
-        ValueError: a negative degree, or degrees that don't couple: |l1 - l2| ≤ l3 ≤ l1 + l2 fails.
+        ValueError: a negative degree, or degrees that don't couple: ``|l1 - l2| ≤ l3 ≤ l1 + l2`` fails.
     """
     _check_degrees(l1, l2, l3)
     if not _couples(l1, l2, l3):

@@ -170,6 +170,9 @@ def edge_order(edge_index: Tensor, num_nodes: int) -> EdgeOrder:
         edge_index: (2, E), int64 or int32, rows (source, target), in any order, entries from 0 to ``num_nodes`` - 1.
         num_nodes: N.
 
+    Returns:
+        What ``edge_index`` may be in :func:`gaunt_convolution` and :class:`GauntConv`: the edges and the two orders.
+
     Raises:
         TypeError, ValueError: shape or dtype that don't fit, and on a CPU entries out of range. On a GPU those end in
             a device-side assertion, and in a compiled graph they are not looked at.
@@ -425,6 +428,7 @@ def gaunt_convolution(
             ``edge_index`` out of range (see :func:`edge_order`).
 
     Example:
+
         >>> x = torch.randn(4, 8, 9)                              # 4 nodes, 8 channels, degrees 0, 1, 2
         >>> edge_index = torch.tensor([[0, 1, 2], [1, 2, 1]])
         >>> edge_vec, h = torch.randn(3, 3), torch.randn(3, 8, 3)

@@ -64,7 +64,7 @@ def _fourier_to_sh(lmax: int) -> Tensor:
 
 
 def sh_to_fourier(L: int) -> Tensor:
-    """Fourier coefficients on the torus of the real orthonormal harmonics of degree up to ``L``.
+    """Fourier coefficients on the torus of the real orthonormal harmonics of degree up to ``L``::
 
         Y_lm(r(θ, φ)) = Σ_uv table[l² + l + m, L + u, L + v] e^{i(uθ + vφ)},    |u|, |v| ≤ L
 

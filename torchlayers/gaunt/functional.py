@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def gaunt_tensor_product(
 
     Source: arXiv 2401.10216, section 3 (product); 2605.15073 (bracket); 2506.13523 (grid).
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.functional import gaunt_tensor_product
@@ -139,7 +140,7 @@ def gaunt_many_body(x: Tensor, lmax: int, correlation: int, lmax_out: int, *, ba
 
     Source: arXiv 2401.10216, section 3.3.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.functional import gaunt_many_body
@@ -151,15 +152,33 @@ def gaunt_many_body(x: Tensor, lmax: int, correlation: int, lmax_out: int, *, ba
     check_int("lmax_out", lmax_out, minimum=0)
     lmax_out = kept_degree(lmax_out, correlation * lmax, "correlation * lmax")
     _check_signal("x", x, lmax, "lmax")
+    return many_body_powers(x, lmax, {correlation: lmax_out}, backend=backend)[correlation]
+
+
+def many_body_powers(
+    x: Tensor, lmax: int, degrees: Mapping[int, int], *, backend: str | None = None
+) -> dict[int, Tensor]:
+    """:func:`gaunt_many_body` for several correlations: ν -> P(X^ν) up to degree ``degrees[ν]``, at most ν lmax.
+
+    The kernel makes them in one pass over x. Plain torch takes them one by one, each on the grid that it needs.
+    """
     (x,), dtype = common_dtype(x=x)
-    if correlation == 1:
-        return x[..., : (lmax_out + 1) ** 2].clone().to(dtype)
+    found = {nu: x[..., : (degree + 1) ** 2].clone().to(dtype) for nu, degree in degrees.items() if nu == 1}
+    higher = {nu: degree for nu, degree in degrees.items() if nu > 1}
+    if not higher:
+        return found
+    lmax_out = max(higher.values())
     with no_autocast(x):
-        factors = (0,) * correlation
         if use_triton("sphere_power", x, backend, _unsupported((lmax,), lmax_out, x)):
-            return _power_kernel(x, lmax, correlation, lmax_out).to(dtype)
-        method = _cheapest((lmax,), factors, lmax_out, False)
-        return grid.contract((_widened(x),), (lmax,), factors, lmax_out, method=method).to(dtype)
+            results = _power_kernel(x, lmax, tuple(higher), lmax_out)
+            for (nu, degree), z in zip(higher.items(), results, strict=True):
+                found[nu] = z[..., : (degree + 1) ** 2].to(dtype)
+            return found
+        for nu, degree in higher.items():
+            factors = (0,) * nu
+            method = _cheapest((lmax,), factors, degree, False)
+            found[nu] = grid.contract((_widened(x),), (lmax,), factors, degree, method=method).to(dtype)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -284,15 +303,15 @@ def _product_kernel(x: Tensor, y: Tensor, lmax1: int, lmax2: int, lmax_out: int,
     return z.view(*lead, z.shape[-1])
 
 
-def _power_kernel(x: Tensor, lmax: int, correlation: int, lmax_out: int) -> Tensor:
+def _power_kernel(x: Tensor, lmax: int, powers: tuple[int, ...], lmax_out: int) -> list[Tensor]:
     assert _kernels is not None
-    degree = correlation * lmax + lmax_out
+    degree = max(powers) * lmax + lmax_out
     rows, _, lead = _rows(x, x)
-    (z,) = _kernels.sphere_power(
+    results = _kernels.sphere_power(
         rows,
         _sphere_table(x, "gaunt_harmonics", lmax, degree),
         _sphere_table(x, "gaunt_harmonics", lmax_out, degree),
         _sphere_table(x, "gaunt_weights", degree),
-        (correlation,),
+        powers,
     )
-    return z.view(*lead, z.shape[-1])
+    return [z.view(*lead, z.shape[-1]) for z in results]

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._attention import no_autocast
 from .._checks import check_choice, check_int, check_ndim, check_same_device, check_size
+from .arguments import Device
 from .convolution import EdgeOrder, edge_order
-from .irreps import FlatIrreps, Part, e3nn_o3
+from .irreps import FlatIrreps, Part
 from .modules import GauntConv, GauntSymmetricContraction
-from .sphere import spherical_harmonics
+from .neighbors import AtomicGraph, neighbor_list
+from .oracle import OracleContraction, OracleConv
+from .radial import ChannelMix, RadialNetwork, bessel_basis, polynomial_cutoff
 
 __all__ = [
     "AtomicGraph",
@@ -33,410 +35,6 @@ __all__ = [
     "polynomial_cutoff",
     "reference_energies",
 ]
-
-Device = torch.device | str | None
-
-
-class AtomicGraph(Protocol):
-    """What :class:`GauntPotential` reads of its input: PyG's ``Data`` and ``Batch`` fit, and any object like them.
-
-    Attributes:
-        z: (N,), integers, atomic numbers.
-        pos: (N, 3), in Å.
-
-    Optional: ``cell`` (B, 3, 3) or (3 B, 3), rows are the lattice vectors; ``pbc`` (B, 3) or (3 B,) or (B,) bool,
-    which of them repeat (all where there is a cell and no pbc); ``batch`` (N,), each atom's structure, ascending,
-    with ``num_graphs`` B.
-    """
-
-    z: Tensor
-    pos: Tensor
-
-
-# ------------------------------------------------------------------------------------------------------ neighbours
-
-
-def neighbor_list(
-    pos: Tensor,
-    cutoff: float,
-    *,
-    batch: Tensor | None = None,
-    num_graphs: int | None = None,
-    cell: Tensor | None = None,
-    pbc: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """All pairs of atoms nearer than ``cutoff``, with their periodic images, in time and memory linear in the atoms.
-
-    An edge from source s to target t with shift S has the vector ``pos[s] - pos[t] + S @ cell``. An atom is a neighbour
-    of its own images, not of itself; a cell may be smaller than the cutoff, and atoms may lie outside of it.
-
-    Args:
-        pos: (N, 3), any float dtype; compared in float64.
-        cutoff: a distance, over 0. Pairs at exactly that distance are left out.
-        batch: (N,) int64, the structure that each atom belongs to; one structure by default.
-        num_graphs: number of structures B; the largest in ``batch`` + 1 by default.
-        cell: (B, 3, 3), rows are lattice vectors. Those of directions that do not repeat are not looked at.
-        pbc: (B, 3) bool, which directions repeat; none by default.
-
-    Returns:
-        ``(edge_index, shifts)``: (2, E) int64, rows (source, target), sorted by target and then by source; and (E, 3)
-        int64.
-
-    Raises:
-        ValueError: shapes; positions that are not finite; lattice vectors that span no volume.
-    """
-    check_ndim("pos", pos, 2, "(atoms, 3)")
-    check_size("pos", pos, 1, 3, "coordinates")
-    if not 0 < cutoff < math.inf:
-        raise ValueError(f"cutoff must be positive and finite, got {cutoff!r}")
-    with torch.no_grad():
-        return _neighbor_list(pos.detach().double(), float(cutoff), batch, num_graphs, cell, pbc)
-
-
-def _neighbor_list(
-    pos: Tensor, cutoff: float, batch: Tensor | None, num_graphs: int | None, cell: Tensor | None, pbc: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    n, device = len(pos), pos.device
-    if n == 0:
-        return torch.zeros(2, 0, dtype=torch.int64, device=device), torch.zeros(0, 3, dtype=torch.int64, device=device)
-    if not pos.isfinite().all():
-        raise ValueError("pos must be finite, got NaN or infinity")
-    if batch is None:
-        batch = torch.zeros(n, dtype=torch.int64, device=device)
-    graphs = int(batch.max()) + 1 if num_graphs is None else num_graphs
-    wrap = torch.zeros(n, 3, dtype=torch.int64, device=device)
-    atom, image = torch.arange(n, device=device), wrap
-    if pbc is not None and bool(pbc.any()):
-        if cell is None:
-            raise ValueError("cell must be given where pbc has a direction that repeats, got none")
-        lattice = _lattice(cell.detach().double(), pbc)
-        inverse = torch.linalg.inv(lattice)
-        fractional = torch.einsum("nc,nck->nk", pos, inverse[batch])
-        wrap = torch.where(pbc[batch], fractional.floor(), 0.0).long()
-        fractional = fractional - wrap
-        # The distance between planes of lattice points is 1 / |column of the inverse|.
-        margin = cutoff * inverse.norm(dim=1) * (1 + 1e-9) + 1e-9
-        for k in range(3):
-            reach = torch.where(pbc[:, k], margin[:, k].ceil(), 0.0).long()[batch[atom]]
-            copy = torch.repeat_interleave(2 * reach + 1)
-            first = torch.cumsum(2 * reach + 1, 0) - (2 * reach + 1) + reach
-            step = torch.arange(len(copy), device=device) - first[copy]
-            atom, image = atom[copy], image[copy].clone()
-            image[:, k] = step
-            place, bound = fractional[atom, k] + step, margin[batch[atom], k]
-            near = ~pbc[batch[atom], k] | ((place >= -bound) & (place <= 1 + bound))
-            atom, image = atom[near], image[near]
-        inside = pos - torch.einsum("nk,nkc->nc", wrap.double(), lattice[batch])
-        points = inside[atom] + torch.einsum("nk,nkc->nc", image.double(), lattice[batch[atom]])
-    else:
-        inside = points = pos
-    # Boxes of the cutoff's size: neighbours lie in the same or the next one. Those next to each other along the last
-    # axis have consecutive numbers.
-    low = points.amin(0)
-    extent = ((points.amax(0) - low) / cutoff).floor() + 4
-    if float(extent.prod()) * graphs > 2**62:
-        raise ValueError(f"pos must not be spread over more than 2^62 boxes of size cutoff, got extents {extent}")
-    nx, ny, nz = extent.long().tolist()
-
-    def box(points: Tensor, graph: Tensor) -> Tensor:
-        x, y, z = ((points - low) / (cutoff * (1 + 1e-9))).floor().long().unbind(1)
-        return ((graph * nx + x + 1) * ny + y + 1) * nz + z + 1
-
-    number, order = torch.sort(box(points, batch[atom]))
-    own = box(inside, batch)
-    found = []
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            middle = own + (dx * ny + dy) * nz
-            first = torch.searchsorted(number, middle - 1)
-            count = torch.searchsorted(number, middle + 1, right=True) - first
-            target = torch.repeat_interleave(count)
-            place = torch.arange(len(target), device=device) + (first - torch.cumsum(count, 0) + count)[target]
-            other = order[place]
-            near = (points[other] - inside[target]).square().sum(1) < cutoff**2
-            near &= (atom[other] != target) | image[other].any(1)
-            found.append(torch.stack((other[near], target[near])))
-    other, target = torch.cat(found, dim=1)
-    source = atom[other]
-    by_target = torch.sort(target * n + source, stable=True).indices
-    source, target, other = source[by_target], target[by_target], other[by_target]
-    return torch.stack((source, target)), image[other] - wrap[source] + wrap[target]
-
-
-def _lattice(cell: Tensor, pbc: Tensor) -> Tensor:
-    """``cell`` with vectors perpendicular to the others, and to each other, in the directions that do not repeat."""
-    kept = cell * pbc[:, :, None]
-    _, size, axes = torch.linalg.svd(kept)
-    periodic = pbc.sum(1)
-    # The axes that the repeating vectors do not span come last.
-    unused = (periodic[:, None] + (~pbc).cumsum(1) - 1).clamp(min=0)
-    lattice = torch.where(pbc[:, :, None], kept, axes.gather(1, unused[:, :, None].expand(-1, -1, 3)))
-    least = size.gather(1, (periodic - 1).clamp(min=0)[:, None])[:, 0]
-    flat = (periodic > 0) & ~(least > 1e-8 * size[:, 0])
-    if bool(flat.any()):
-        which = int(flat.nonzero()[0])
-        raise ValueError(
-            f"cell must have linearly independent lattice vectors where pbc repeats them, got {cell[which].tolist()} "
-            f"with pbc {pbc[which].tolist()} in structure {which}"
-        )
-    return lattice
-
-
-# ---------------------------------------------------------------------------------------------------- radial parts
-
-
-def polynomial_cutoff(r: Tensor, cutoff: float, p: int = 6) -> Tensor:
-    """A function that falls from 1 at 0 to 0 at ``cutoff``, with two continuous derivatives, and is 0 beyond.
-
-        1 - (p + 1)(p + 2)/2 u^p + p (p + 2) u^(p+1) - p (p + 1)/2 u^(p+2),    u = r / cutoff
-
-    (Gasteiger et al., arXiv 2003.03123, equation 8.)
-    """
-    u = r / cutoff
-    value = 1 - u**p * ((p + 1) * (p + 2) / 2 - p * (p + 2) * u + p * (p + 1) / 2 * u**2)
-    return torch.where(u < 1, value, 0)
-
-
-def bessel_basis(r: Tensor, cutoff: float, size: int) -> Tensor:
-    """√(2 / cutoff) sin(n π r / cutoff) / r for n = 1 … size, finite at 0: (...) -> (..., size).
-
-    (Gasteiger et al., arXiv 2003.03123, equation 7.)
-    """
-    n = torch.arange(1, size + 1, dtype=r.dtype, device=r.device)
-    return math.sqrt(2 / cutoff) * (math.pi / cutoff) * n * torch.sinc(r[..., None] / cutoff * n)
-
-
-class RadialNetwork(nn.Module):
-    """Weights of an edge from its length: a perceptron without biases on Bessel functions under a polynomial cutoff.
-
-    It vanishes at the cutoff and beyond with two continuous derivatives, whatever its weights.
-
-    Args:
-        cutoff: in Å.
-        out_features: weights of an edge.
-        num_basis: Bessel functions.
-        hidden: widths of the hidden layers.
-        device, dtype: of the parameters.
-
-    Shape: r (E,) -> (E, out_features).
-    """
-
-    # Second moment of SiLU under a standard normal.
-    _SILU = 0.3558
-
-    def __init__(
-        self,
-        cutoff: float,
-        out_features: int,
-        *,
-        num_basis: int = 8,
-        hidden: Sequence[int] = (32, 32),
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.cutoff, self.num_basis = cutoff, num_basis
-        sizes = [num_basis, *hidden, out_features]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b, bias=False, device=device, dtype=dtype) for a, b in itertools.pairwise(sizes)
-        )
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights so that variance passes through."""
-        for number, layer in enumerate(self.layers):
-            moment = self._SILU if number else 1.0
-            layer.weight.normal_(0, 1 / math.sqrt(layer.in_features * moment))  # type: ignore[operator]
-
-    def forward(self, r: Tensor) -> Tensor:
-        x = bessel_basis(r, self.cutoff, self.num_basis) * polynomial_cutoff(r, self.cutoff)[..., None]
-        for number, layer in enumerate(self.layers):
-            x = layer(nn.functional.silu(x) if number else x)
-        return x
-
-    def extra_repr(self) -> str:
-        return f"cutoff={self.cutoff}, num_basis={self.num_basis}"
-
-
-class ChannelMix(nn.Module):
-    """A linear map of channels for each irrep, the only kind that is equivariant: ``z_p = W_p x_p / √C``.
-
-    Args:
-        num_parts: irreps.
-        channels: C, of input and output.
-        device, dtype: of the parameter.
-
-    Shape: parts, ``num_parts`` tensors (N, C, 2l + 1) -> as many, of the same shapes.
-    """
-
-    def __init__(self, num_parts: int, channels: int, *, device: Device = None, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_parts, channels, channels, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.normal_()
-
-    def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        weight = self.weight / math.sqrt(self.weight.shape[-1])
-        return [torch.einsum("dc,ncm->ndm", w, x) for w, x in zip(weight.unbind(), parts, strict=True)]
-
-    def extra_repr(self) -> str:
-        return "num_parts={}, channels={}".format(*self.weight.shape[:2])
-
-
-# ---------------------------------------------------------------------- the same blocks of e3nn's products ("oracle")
-
-
-class _E3nnProduct(nn.Module):
-    """An e3nn ``TensorProduct`` of all paths between the irreps, whose coefficients are exact in every dtype."""
-
-    def __init__(
-        self,
-        irreps1: Any,
-        irreps2: Any,
-        irreps_out: Any,
-        connection: str,
-        *,
-        own_weights: bool,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        paths = [
-            (i, j, k, connection, True)
-            for i, (_, first) in enumerate(irreps1)
-            for j, (_, second) in enumerate(irreps2)
-            for k, (_, third) in enumerate(irreps_out)
-            if third in first * second
-        ]
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # e3nn makes its coefficients in it
-        try:
-            with warnings.catch_warnings(), torch.device("cpu"):  # e3nn compiles by means that torch calls deprecated
-                warnings.simplefilter("ignore")
-                self.product = e3nn_o3().TensorProduct(
-                    irreps1,
-                    irreps2,
-                    irreps_out,
-                    paths,
-                    internal_weights=own_weights,
-                    shared_weights=own_weights,
-                )
-        finally:
-            torch.set_default_dtype(default)
-        self._exact = {name: table.clone() for name, table in self.product.named_buffers()}
-        self.weight_numel: int = self.product.weight_numel
-        self.to(device=device, dtype=dtype or default)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> _E3nnProduct:
-        super()._apply(fn, recurse)
-        for name, table in self.product.named_buffers():
-            if not table.is_meta:
-                table.copy_(self._exact[name])
-        return self
-
-    def reset_parameters(self) -> None:
-        """Draw the weights, where it has its own."""
-        if self.product.internal_weights:
-            nn.init.normal_(self.product.weight)
-
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        return self.product(x, y, weight)
-
-
-class _OracleConv(nn.Module):
-    """:class:`GauntConv` with a free weight for each path: e3nn's 'uvu' product and a sum over edges."""
-
-    def __init__(
-        self,
-        irreps_in: Any,
-        lmax_filter: int,
-        irreps_out: Any,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        o3 = e3nn_o3()
-        self.lmax_filter = lmax_filter
-        self.product = _E3nnProduct(
-            o3.Irreps(irreps_in),
-            o3.Irreps.spherical_harmonics(lmax_filter),
-            o3.Irreps(irreps_out),
-            "uvu",
-            own_weights=False,
-            device=device,
-            dtype=dtype,
-        )
-        self.weight_numel = self.product.weight_numel
-
-    def forward(self, x: Tensor, edge_vec: Tensor, edges: EdgeOrder, weight: Tensor) -> Tensor:
-        harmonics = math.sqrt(4 * math.pi) * spherical_harmonics(self.lmax_filter, edge_vec)
-        messages = self.product(x[edges.source], harmonics, weight)
-        return messages.new_zeros(len(x), messages.shape[1]).index_add(0, edges.target, messages)
-
-
-class _OracleContraction(nn.Module):
-    """:class:`GauntSymmetricContraction` with free weights of paths: nested 'uuu' products of e3nn."""
-
-    def __init__(
-        self,
-        irreps_in: Any,
-        irreps_out: Any,
-        correlation: int,
-        num_elements: int,
-        *,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self._in, self._out = FlatIrreps("irreps_in", irreps_in), FlatIrreps("irreps_out", irreps_out)
-        channels = self._in.channels()
-        o3 = e3nn_o3()
-        lmax, lmax_out = self._in.irreps.lmax, self._out.irreps.lmax
-        self.products = nn.ModuleList()
-        self._powers = [self._in]
-        for order in range(2, correlation + 1):
-            first = self._powers[-1].irreps
-            # What a later product can still bring down to lmax_out.
-            bound = lmax_out + (correlation - order) * lmax
-            reached = {ir for _, a in first for _, b in self._in.irreps for ir in a * b if ir.l <= bound}
-            irreps = o3.Irreps([(channels, ir) for ir in sorted(reached, key=lambda ir: (ir.l, ir.p))])
-            self.products.append(
-                _E3nnProduct(first, self._in.irreps, irreps, "uuu", own_weights=True, device=device, dtype=dtype)
-            )
-            self._powers.append(FlatIrreps("power", irreps))
-        self.terms = [
-            (i, part) for i, power in enumerate(self._powers) for part in self._out.muls if part in power.muls
-        ]
-        self.weight = nn.Parameter(torch.empty(num_elements, len(self.terms), channels, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.normal_()
-        for product in self.products:
-            product.reset_parameters()  # type: ignore[operator]
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        flat = self._in.join(self._in.split_components(x))
-        powers, power = [self._in.split(flat)], flat
-        for product, irreps in zip(self.products, self._powers[1:], strict=True):
-            power = product(power, flat)
-            powers.append(irreps.split(power))
-        weight = self.weight[y]
-        count = {part: sum(p == part for _, p in self.terms) for part in self._out.muls}
-        total: dict[Part, Tensor] = {}
-        for number, (i, part) in enumerate(self.terms):
-            value = powers[i][part] * (weight[:, number, :, None] / math.sqrt(count[part]))
-            total[part] = total[part] + value if part in total else value
-        return self._out.join(total)
-
-
-# --------------------------------------------------------------------------------------------------------- network
 
 
 class _Layer(nn.Module):
@@ -565,17 +163,17 @@ class GauntPotential(nn.Module):
 
     Source: Luo et al., arXiv 2401.10216 (the blocks); Batatia et al., arXiv 2206.07697 (the architecture).
 
-    Example::
+    Example:
 
-        import torch
-        from torch_geometric.data import Batch, Data
-        from torchlayers.gaunt import GauntPotential
-
-        potential = GauntPotential([1, 8], cutoff=4.0, lmax=2, channels=8, num_layers=2)
-        water = Data(z=torch.tensor([8, 1, 1]), pos=torch.tensor([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]]))
-        result = potential(Batch.from_data_list([water, water]))
-        assert result["energy"].shape == (2,) and result["forces"].shape == (6, 3)
-        result["forces"].square().sum().backward()
+        >>> import torch
+        >>> from torch_geometric.data import Batch, Data
+        >>> from torchlayers.gaunt import GauntPotential
+        >>> potential = GauntPotential([1, 8], cutoff=4.0, lmax=2, channels=8, num_layers=2)
+        >>> water = Data(z=torch.tensor([8, 1, 1]), pos=torch.tensor([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]]))
+        >>> result = potential(Batch.from_data_list([water, water]))
+        >>> result["energy"].shape, result["forces"].shape
+        (torch.Size([2]), torch.Size([6, 3]))
+        >>> result["forces"].square().sum().backward()
     """
 
     elements: Tensor
@@ -644,8 +242,8 @@ class GauntPotential(nn.Module):
                 contraction: nn.Module = GauntSymmetricContraction(*names, backend=backend, **factory)
             else:
                 conv, contraction = (
-                    _OracleConv(str(features), lmax, str(message), **factory),
-                    _OracleContraction(*names, **factory),
+                    OracleConv(str(features), lmax, str(message), **factory),
+                    OracleContraction(*names, **factory),
                 )
             radial = RadialNetwork(
                 self.cutoff,

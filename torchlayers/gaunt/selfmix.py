@@ -43,14 +43,14 @@ class SelfMix(nn.Module):
 
     Source: Luo et al., arXiv 2401.10216, section 4 and appendix ("Selfmix" in EquiformerV2).
 
-    Example::
+    Example:
 
-        import torch
-        from torchlayers.gaunt import SelfMix
-
-        block = SelfMix(lmax=4, channels=16)
-        x = torch.randn(10, 25, 16)
-        assert torch.equal(block(x), x)
+        >>> import torch
+        >>> from torchlayers.gaunt import SelfMix
+        >>> block = SelfMix(lmax=4, channels=16)
+        >>> x = torch.randn(10, 25, 16)
+        >>> torch.equal(block(x), x)
+        True
     """
 
     def __init__(

@@ -293,6 +293,10 @@ class _Product(torch.autograd.Function):
         wants = tuple(ctx.needs_input_grad[1:])
         return None, *_Gradients.apply(ctx.form, wants, g, *ctx.saved_tensors)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, form: _Form, *tensors: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(form.whole, in_dims[1:])(*tensors), 0
+
 
 class _Gradients(torch.autograd.Function):
     @staticmethod
@@ -324,9 +328,20 @@ class _Gradients(torch.autograd.Function):
                 sums[n] = _plus(sums[n], part)
         return None, None, *sums
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, form: _Form, wants: tuple[bool, ...], *tensors: Tensor) -> tuple:
+        def gradients(g: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(form.whole, *arguments)[1](g)
+
+        found = torch.vmap(gradients, in_dims[2:])(*tensors)
+        kept = tuple(part if want else None for part, want in zip(found, wants, strict=True))
+        return kept, tuple(0 if want else None for want in wants)
+
 
 class _Contiguous(torch.autograd.Function):
     """``x.contiguous()`` with contiguous derivatives of every order: strided ones cost several times as much."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -669,7 +684,7 @@ def sparse_product(
         ValueError: shapes or devices that do not fit.
         BackendError: ``backend="triton"`` with what the kernel does not support.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.gaunt.sparse import gaunt_spec, sparse_product

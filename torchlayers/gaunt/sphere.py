@@ -91,7 +91,7 @@ def spherical_harmonics(lmax: int, points: Tensor) -> Tensor:
     Args:
         lmax: highest degree, any size (e3nn's own stop at 12).
         points: (…, 3), real floating point, unit vectors (x, y, z). Other vectors r give the solid harmonics
-            |r|^l Y_lm(r/|r|), homogeneous polynomials.
+            ``|r|^l Y_lm(r/|r|)``, homogeneous polynomials.
 
     Returns:
         (…, (lmax + 1)²), index l² + l + m, in the dtype of ``points``. Polynomials in the Cartesian components:
@@ -205,6 +205,7 @@ def sphere_quadrature(degree: int, kind: str = "gauss_legendre") -> tuple[Tensor
         ImportError: kind="lebedev" without scipy.
 
     Example:
+
         >>> points, weights = sphere_quadrature(4)
         >>> harmonics = spherical_harmonics(2, points)
         >>> torch.allclose(harmonics.T @ (weights[:, None] * harmonics), torch.eye(9, dtype=torch.float64))

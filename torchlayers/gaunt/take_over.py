@@ -62,7 +62,7 @@ class ExactTensorProduct(nn.Module):
 
     Source: the definition of ``e3nn.o3.TensorProduct`` (0.6), Geiger and Smidt, arXiv 2207.09453, section 4.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.gaunt import ExactTensorProduct

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._surgery import ConversionReport, Skip, _check_not_wrapped, convert, lies_under, register_conversion
+from .._surgery import ConversionReport, Skip, _check_not_wrapped, convert, lies_under, register_conversion, selection
 from .attention import LowRankMultiheadAttention, capped_rank
 from .layers import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankEmbedding, LowRankLayer, LowRankLinear
 from .ordered import low_rank_layers
@@ -139,9 +138,9 @@ def factorize(
     _check_not_wrapped(model)
     named = list(model.named_modules(remove_duplicate=False))
     names = [name for name, _ in named]
-    skip_names, skip_kinds = _selection("skip", skip, names)
+    skip_names, skip_kinds = selection("skip", skip, names)
     skip_names += tuple(name for name, module in named if isinstance(module, skip_kinds))
-    only_names, only_kinds = _selection("only", () if only is None else only, names)
+    only_names, only_kinds = selection("only", () if only is None else only, names)
     config = LowRankConfig(None if calibration is not None else max_rank, only_kinds or _DEFAULT)
     capped_rank(max_rank, 1)
 
@@ -252,30 +251,6 @@ def _check_can_copy(named: Iterable[tuple[str, nn.Module]]) -> None:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
-
-
-# Selection by name and class
-
-
-def _selection(
-    name: str, entries: Iterable[str | type[nn.Module]], names: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[type[nn.Module], ...]]:
-    """Entries as (name patterns, classes), each pattern one that fits a module."""
-    if isinstance(entries, (str, type)):
-        entries = (entries,)
-    patterns, kinds = [], []
-    for entry in entries:
-        if isinstance(entry, str):
-            if not any(lies_under(n, (entry,)) for n in names):
-                near = difflib.get_close_matches(entry, names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name} must name modules of the model, got {entry!r}, which fits none{hint}")
-            patterns.append(entry)
-        elif isinstance(entry, type) and issubclass(entry, nn.Module):
-            kinds.append(entry)
-        else:
-            raise TypeError(f"{name} must hold names and module classes, got {entry!r} ({type(entry).__name__})")
-    return tuple(patterns), tuple(kinds)
 
 
 # Tied weights

@@ -60,7 +60,7 @@ def low_rank_linear(
 
     Source: arXiv 2308.14929, section 3.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.functional import low_rank_linear

@@ -83,7 +83,7 @@ class RankSampler:
 
     Source: arXiv 2308.14929, section 3.1, and its released code.
 
-    Example::
+    Example:
 
         >>> from torch import nn
         >>> from torchlayers.maestro import LowRankLinear, RankSampler
@@ -267,7 +267,7 @@ def lod_loss(
 
     Source: arXiv 2308.14929, section 3, and its released code.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torch import nn

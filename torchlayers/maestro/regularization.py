@@ -67,7 +67,7 @@ def hierarchical_group_lasso(model: nn.Module, eps: float = 0.0) -> Tensor:
 
     Source: arXiv 2308.14929, section 3.2.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.maestro import LowRankLinear, hierarchical_group_lasso
@@ -116,7 +116,7 @@ def hgl_prox_(model: nn.Module, tau: float) -> nn.Module:
 
     Source: Jenatton et al., Proximal Methods for Hierarchical Sparse Coding (2011), for groups that form a chain.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.maestro import LowRankLinear, hgl_prox_

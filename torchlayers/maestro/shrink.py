@@ -72,7 +72,7 @@ def progressive_shrink(
 
     Source: arXiv 2308.14929, section 3.3.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.maestro import LowRankLinear, progressive_shrink
@@ -289,7 +289,7 @@ def recalibrate_bn(
         ValueError: ``loader`` has no batch.
         TypeError: ``model`` is no module.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.maestro import recalibrate_bn

@@ -244,6 +244,12 @@ def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
     ``DistributedDataParallel(model, process_group=gradient_mesh(mesh).get_group())``. Parameters are replicated over
     the ranks of a sequence as they are over "dp"; "tp" and "pp" stay outside.
 
+    Args:
+        mesh: with a dimension "dp", "sp" or both.
+
+    Returns:
+        A mesh of one dimension.
+
     Raises:
         ValueError: the mesh has neither dimension.
     """

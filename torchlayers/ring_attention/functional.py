@@ -117,7 +117,7 @@ def ring_attention(
 
     Source: arXiv 2105.13120 (sequence parallelism), 2310.01889 (one pass with a running softmax), 2311.09431 (stripes).
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers import LoopbackWorld, SequenceLayout

@@ -281,7 +281,7 @@ def ring_self_attention(
 
     Source: arXiv 2105.13120 (ring self-attention); there gradients are divided by N, here they are the function's.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers import LoopbackWorld, SequenceLayout
@@ -382,7 +382,7 @@ def linformer_attention(
 
     Source: Linformer, arXiv 2006.04768, equation 7; with sequence parallelism arXiv 2105.13120.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers import LoopbackWorld

@@ -76,7 +76,7 @@ def ulysses_attention(
 
     Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers import LoopbackWorld, SequenceLayout
@@ -149,7 +149,7 @@ def usp_attention(
 
     Source: USP, arXiv 2405.07719; LoongTrain, arXiv 2406.18485.
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers import LoopbackWorld, SequenceLayout

@@ -16,7 +16,7 @@ from torch.utils import benchmark
 
 from .. import _surgery
 from .._checks import check_choice
-from .._surgery import ConversionReport, Skip, lies_under, register_conversion
+from .._surgery import ConversionReport, Skip, lies_under, register_conversion, selection
 from .modules import (
     FORMATS,
     Rank,
@@ -128,14 +128,15 @@ def convert(
         The report. Skipped, with the reason: 1×1 and grouped layers, layers that the rank saves nothing on, lazy ones.
 
     Raises:
-        ValueError, TypeError: bad options, or a model that :func:`torchlayers.convert` refuses.
+        ValueError, TypeError: bad options, a name to skip that fits no module, or a model that
+            :func:`torchlayers.convert` refuses.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = SeparableConfig(format, rank, init)
-    patterns = [s for s in skip if isinstance(s, str)]
-    classes = tuple(s for s in skip if not isinstance(s, str))
-    left = [*patterns, *(name for name, module in model.named_modules() if isinstance(module, classes))]
+    named = list(model.named_modules(remove_duplicate=False))
+    left, classes = selection("skip", skip, [name for name, _ in named])
+    left += tuple(name for name, module in named if isinstance(module, classes))
     # The model itself has the name "", which is above all others.
     whole = any(fnmatch.fnmatchcase("", pattern) for pattern in left)
 

@@ -40,6 +40,7 @@ class _SeparableConv(nn.Module):
 
     _dense_class: ClassVar[type[nn.Module]]
     _dims: ClassVar[int]
+    _method = "auto"
     bias: Tensor | None
 
     def __init__(
@@ -59,6 +60,7 @@ class _SeparableConv(nn.Module):
         rank: Rank = None,
         format: str = "seq",
         order: str | None = None,
+        recompute: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -68,11 +70,17 @@ class _SeparableConv(nn.Module):
         self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
         self.groups, self.padding_mode = groups, padding_mode
-        self._configure(rank, format, order, backend, dtype)
+        self._configure(rank, format, order, recompute, backend, dtype)
         self._build(bias, device=device, dtype=dtype)
 
     def _configure(
-        self, rank: Rank, format: str, order: str | None, backend: str | None, dtype: torch.dtype | None
+        self,
+        rank: Rank,
+        format: str,
+        order: str | None,
+        recompute: bool,
+        backend: str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         check_choice("format", format, FORMATS)
         if backend is not None:
@@ -83,20 +91,20 @@ class _SeparableConv(nn.Module):
         order = axes if order is None else order
         if not isinstance(order, str) or sorted(order) != sorted(axes):
             raise ValueError(f"order must be a permutation of {axes!r}, got {order!r}")
-        self.format, self.order, self.backend, self._asked = format, order, backend, rank
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute must be a bool, got {recompute!r} ({type(recompute).__name__})")
+        self.format, self.order, self.recompute, self.backend, self._asked = format, order, recompute, backend, rank
 
     def _build(self, bias: bool, **factory: Any) -> None:
         self.rank = self._resolve(self._asked)
         for name, shape in self._shapes(self.rank).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
         self.register_parameter("bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None)
-        self._plan()
+        self._warn()
         self.reset_parameters()
 
-    def _plan(self) -> None:
+    def _warn(self) -> None:
         count = self._count(self.rank)
-        # One dense convolution costs no more than the chain: then it is run, with the kernel of the chain.
-        self._as_dense = self.format == "kernelwise" or count >= self._dense_count
         if count > self._dense_count:
             warnings.warn(
                 f"rank={self.rank} costs more than the dense layer ({count:,} weights against "
@@ -323,12 +331,23 @@ class _SeparableConv(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ``*size``) or (C, ``*size``) to (N, O, ``*out``) or (O, ``*out``), as the dense layer."""
         _check_input(input, self._dims, self.in_channels)
-        options = (self.stride, self.padding, self.dilation)
-        if self._as_dense:
+        if self.format == "kernelwise":  # a sum of products for each pair of channels is no chain
             factors, axes = [self.equivalent_weight()], [tuple(range(self._dims))]
         else:
             factors, axes = self.factors, [own for _, own in self._stages]
-        return separable_conv(input, factors, self.bias, *options, axes=axes, padding_mode=self.padding_mode)
+        return separable_conv(
+            input,
+            factors,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            axes=axes,
+            padding_mode=self.padding_mode,
+            method=self._method,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
 
     # To and from dense layers
 
@@ -386,14 +405,17 @@ class _SeparableConv(nn.Module):
         return dense.train(self.training)
 
     def macs(self, *size: int) -> int:
-        """Multiply-accumulates for one sample of spatial ``size``; those of the dense layer where that is what runs."""
-        if self._as_dense:
+        """Multiply-accumulates for one sample of spatial ``size``: the fewer of the filters' and the dense layer's.
+
+        What runs may be the other one, where that is expected to take less time.
+        """
+        if self.format == "kernelwise":
             return self._dense_macs(*size)
         current, total, ends = list(size), 0, self._output_size(size)
         for factor, (_, own) in zip(self.factors, self._stages, strict=True):
             current = [ends[a] if a in own else n for a, n in enumerate(current)]
             total += factor.numel() * math.prod(current)
-        return total
+        return min(total, self._dense_macs(*size))
 
     def _dense_macs(self, *size: int) -> int:
         return self._dense_count * math.prod(self._output_size(size))
@@ -476,7 +498,11 @@ class SeparableConv2d(_SeparableConv):
 
             "kernelwise" saves weights, not multiplications: it runs as one dense convolution.
         order: which filter of "seq" and "cp" comes first, "vh" or "hv" (v: along the height).
-        backend: see :func:`torchlayers.backend`.
+        recompute: compute what lies between the filters again in the backward pass instead of keeping it, so that the
+            layer keeps as much as the dense one: its input. An attribute, which may be set at any time.
+        backend: see :func:`torchlayers.backend`. The kernel holds "seq" without groups, with ranks up to 64, and never
+            keeps what lies between the filters. Plain torch takes the filters one after the other, or the dense
+            convolution with their kernel where that is expected to take less time (:func:`separable_conv`).
 
     Shape:
         - input: (N, C, H, W) or (C, H, W); output (N, O, H', W') or (O, H', W'), as of :class:`torch.nn.Conv2d`.
@@ -486,8 +512,7 @@ class SeparableConv2d(_SeparableConv):
             channels or dimensions of the input raise one that is a RuntimeError too, as that layer's.
         TypeError: input that is no floating-point tensor; a complex ``dtype``.
 
-    A rank that costs more weights than the dense layer warns, naming the break-even; the dense layer with the same
-    kernel then runs.
+    A rank that costs more weights than the dense layer warns, naming the break-even.
 
     Source: arXiv 2304.04964 (one-way filters before training); arXiv 1405.3866, scheme 2 ("seq"); arXiv 1412.6553
     ("cp"); the variance-preserving start is ours.
@@ -537,7 +562,7 @@ class SeparableConvTranspose2d(_SeparableConv):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
             device, dtype: as in :class:`torch.nn.ConvTranspose2d`.
-        rank, format, order, backend: as in :class:`SeparableConv2d`.
+        rank, format, order, recompute, backend: as in :class:`SeparableConv2d`.
 
     Shape:
         - input: (N, C, H, W) or (C, H, W); output (N, O, H', W') or (O, H', W').
@@ -575,6 +600,7 @@ class SeparableConvTranspose2d(_SeparableConv):
         rank: Rank = None,
         format: str = "seq",
         order: str | None = None,
+        recompute: bool = False,
         backend: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
@@ -584,7 +610,7 @@ class SeparableConvTranspose2d(_SeparableConv):
         self.output_padding = dense.output_padding
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, dense.kernel_size
         self.groups, self.padding_mode = groups, padding_mode
-        self._configure(rank, format, order, backend, dtype)
+        self._configure(rank, format, order, recompute, backend, dtype)
         self._build(bias, device=device, dtype=dtype)
 
     @property
@@ -597,12 +623,24 @@ class SeparableConvTranspose2d(_SeparableConv):
         if output_size is not None:
             own: Any = nn.ConvTranspose2d._output_padding
             more = own(self, input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)
-        if self._as_dense:
+        if self.format == "kernelwise":
             factors, axes = [self.equivalent_weight()], [(0, 1)]
         else:
             factors, axes = self.factors, [a for _, a in self._stages]  # type: ignore[misc]
-        options = (self.stride, self.padding, tuple(more), self.dilation)
-        return separable_conv_transpose(input, factors, self.bias, *options, out_channels=self.out_channels, axes=axes)
+        return separable_conv_transpose(
+            input,
+            factors,
+            self.bias,
+            self.stride,
+            self.padding,
+            tuple(more),
+            self.dilation,
+            out_channels=self.out_channels,
+            axes=axes,
+            method=self._method,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
 
     def _output_size(self, size: Sequence[int]) -> list[int]:
         geometry = zip(
@@ -614,14 +652,14 @@ class SeparableConvTranspose2d(_SeparableConv):
         return self._dense_count * math.prod(size)
 
     def macs(self, *size: int) -> int:
-        """Multiply-accumulates for one sample of spatial ``size``: each filter meets each point that it reads once."""
-        if self._as_dense:
+        """As of :class:`SeparableConv2d`; each filter meets each point that it reads once."""
+        if self.format == "kernelwise":
             return self._dense_macs(*size)
         current, total, ends = list(size), 0, self._output_size(size)
         for factor, (_, own) in zip(reversed(self.factors), reversed(self._stages), strict=True):
             total += factor.numel() * math.prod(current)
             current = [ends[a] if a in own else n for a, n in enumerate(current)]
-        return total
+        return min(total, self._dense_macs(*size))
 
 
 class _LazySeparableConv(nn.modules.lazy.LazyModuleMixin, _SeparableConv):
@@ -637,7 +675,7 @@ class _LazySeparableConv(nn.modules.lazy.LazyModuleMixin, _SeparableConv):
         for name, _ in self._stages:
             setattr(self, name, UninitializedParameter(**factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None)
-        self.rank, self._as_dense = 0, False
+        self.rank = 0
 
     def reset_parameters(self) -> None:
         if self.in_channels:
@@ -645,7 +683,7 @@ class _LazySeparableConv(nn.modules.lazy.LazyModuleMixin, _SeparableConv):
 
     def initialize_parameters(self, input: Tensor) -> None:
         """Make the filters for the channels of ``input``."""
-        if not self.has_uninitialized_params():
+        if self.in_channels:
             return
         if input.ndim not in (self._dims + 1, self._dims + 2):
             raise RuntimeError(
@@ -656,9 +694,11 @@ class _LazySeparableConv(nn.modules.lazy.LazyModuleMixin, _SeparableConv):
             raise ValueError(f"in_channels must be divisible by groups ({self.groups}), got input with {channels}")
         self.in_channels = channels
         self.rank = self._resolve(self._asked)
+        if not self.has_uninitialized_params():  # loaded before the first call
+            return
         for name, shape in self._shapes(self.rank).items():
             getattr(self, name).materialize(shape)
-        self._plan()
+        self._warn()
         self.reset_parameters()
 
     def extra_repr(self) -> str:

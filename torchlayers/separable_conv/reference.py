@@ -40,8 +40,13 @@ def chain_weight(factors: Sequence[Tensor], in_channels: int, groups: int = 1) -
     total = _blocks(factors[0], groups, in_channels // groups)
     for factor in factors[1:]:
         block = _blocks(factor, groups, total.shape[1])
-        # (g, out, mid, 1, *b) times (g, 1, mid, in, *a): along each axis one of a and b is 1.
-        total = (block.unsqueeze(3) * total.unsqueeze(1)).sum(2)
+        (_, out, _, *b), (_, _, inside, *a) = block.shape, total.shape
+        product = block.movedim(2, -1).flatten(1, -2) @ total.flatten(2)  # (g, out * b, in * a)
+        product = product.unflatten(1, (out, *b)).unflatten(-1, (inside, *a)).movedim(2 + len(b), 2)
+        # Along each axis one of a and b is 1.
+        pairs = [axis for d in range(len(b)) for axis in (3 + d, 3 + len(b) + d)]
+        sizes = [m * n for m, n in zip(a, b, strict=True)]
+        total = product.permute(0, 1, 2, *pairs).reshape(groups, out, inside, *sizes)
     return total.flatten(0, 1)
 
 

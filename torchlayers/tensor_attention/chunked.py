@@ -11,7 +11,7 @@ Shapes in comments: batch B, key heads H, tiles T, query heads of a key head G, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -459,10 +459,27 @@ def _refuse(ctx, *grads):
     )
 
 
+def _mapped(apply: Callable, size: int, in_dims: Sequence[int | None], arguments: Sequence) -> tuple:
+    """``apply`` under vmap, whose dimension is joined with the batch; dropout would tell batches apart otherwise."""
+    joined = []
+    for x, dim in zip(arguments, in_dims, strict=True):
+        if isinstance(x, Tensor):
+            if x.dtype == torch.int64:  # the seed
+                raise NotImplementedError("tensor_attention does not run under vmap with dropout: use its batch")
+            x = (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        joined.append(x)
+    results = tuple(z.unflatten(0, (size, -1)) for z in apply(*joined))
+    return results, (0,) * len(results)
+
+
 class _Backward(torch.autograd.Function):
     forward = staticmethod(chunked_backward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = staticmethod(_refuse)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_Backward.apply, info.batch_size, in_dims, arguments)
 
 
 class _Chunked(torch.autograd.Function):
@@ -472,6 +489,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         return _differentiated(ctx, _Backward.apply, grad_out, grad_lse)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _mapped(_Chunked.apply, info.batch_size, in_dims, arguments)
 
 
 _forward_op.register_autograd(

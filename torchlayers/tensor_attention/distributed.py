@@ -12,12 +12,7 @@ and keys 2: there masks by position are masks by index, whatever the layout.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +27,14 @@ from .._attention import (
     mha_output,
     normalize_window,
 )
-from .._backend import BACKENDS, import_kernels, use_triton
+from .._backend import BACKENDS, use_triton
 from .._checks import check_choice, check_size
 from .._placement import check_layout, placement, sequence_group
-from .._ring import Work, agree, group_name, place, refuse, resolve
+from .._ring import CHECKS, group_name, place, refuse
 from .._sequence import SequenceLayout
-from .chunked import chunked_backward, chunked_forward
 from .functional import FORMS, _unsupported, tensor_attention
 from .modules import TensorAttention, TensorAttentionCache
+from .streams import Gradients, Ring
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,8 +42,6 @@ if TYPE_CHECKING:
     from .._ring import Group, LoopbackMesh
 
 __all__ = ["RingTensorAttention", "ring_tensor_attention"]
-
-_kernels = import_kernels("tensor_attention")
 
 
 def ring_tensor_attention(
@@ -70,6 +63,7 @@ def ring_tensor_attention(
     form: str = "trilinear",
     return_lse: bool = False,
     backend: str | None = None,
+    check: str = "first",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`tensor_attention` over a sequence that lies on the ranks of a group, each with its shard of all tensors.
 
@@ -96,34 +90,45 @@ def ring_tensor_attention(
             "sp". May be left out for one rank.
         is_causal: a query sees pairs of tokens up to its own.
         window1, window2: what of each set a query sees, in tokens of the whole sequence: an int w for i - w < j <= i
-            where causal and |i - j| < w otherwise, or a pair (left, right), -1 for unlimited.
+            where causal and ``|i - j| < w`` otherwise, or a pair (left, right), -1 for unlimited.
         symmetric: k2 is k1 and v2 is v1, as tensors or entry by entry, with equal windows: a pair and the same pair
             exchanged are computed once. Pass the same tensor twice; others are compared, which waits for a GPU and
             cannot be traced. Not for the determinant form, whose logits change sign.
         scale, enable_gqa, form: as for :func:`tensor_attention`.
         return_lse: also return the log-sum-exp, a natural logarithm. It is differentiable.
         backend: see :func:`torchlayers.backend`.
+        check: whether ranks compare their arguments before the "first" call of the group, "always" or "never". If
+            these differ, or one rank refuses its own, all ranks raise and nothing was sent.
 
     Returns:
         this rank's shard of the output (B, Hq, layout.length(rank), dv) in the dtype of ``q`` (under autocast, in
         autocast's), and with ``return_lse`` a pair with lse (B, Hq, layout.length(rank)), float32 or float64.
 
     Raises:
-        TypeError, ValueError: bad arguments of this rank, or of another, or calls that differ between ranks, which are
-            found before the first call over a group; nothing is sent then, and the group stays usable.
+        TypeError, ValueError: bad arguments of this rank, or of another, or calls that differ between ranks, see
+            ``check``; the group stays usable.
         BackendError: ``backend="triton"`` with what the kernels do not support.
         RuntimeError: a second derivative.
         NotImplementedError: under vmap.
 
     Source: the ring of arXiv 2310.01889, for the operation of 2310.04064.
 
-    Example::
+    Example:
 
-        layout = SequenceLayout(4096, world=8, kind="striped")
-        out = ring_tensor_attention(q, k1, k2, v1, v2, layout=layout, group=group, is_causal=True)
+        >>> import torch
+        >>> from torchlayers import LoopbackWorld, SequenceLayout
+        >>> from torchlayers.functional import ring_tensor_attention, tensor_attention
+        >>> tensors = torch.randn(5, 1, 2, 12, 4)  # q, k1, k2, v1, v2
+        >>> layout = SequenceLayout(12, world=3, kind="striped")
+        >>> def attend(rank, group):
+        ...     shards = (layout.shard(x, 2, rank) for x in tensors)
+        ...     return ring_tensor_attention(*shards, layout=layout, group=group, is_causal=True)
+        >>> out = layout.unshard(LoopbackWorld(3).run(attend), 2)
+        >>> torch.testing.assert_close(out, tensor_attention(*tensors, is_causal=True))
     """
     tensors = {"q": q, "k1": k1, "k2": k2, "v1": v1, "v2": v2}
     try:
+        check_choice("check", check, CHECKS)
         check_layout("layout", layout)
         if layout is None:
             raise TypeError("layout must be a SequenceLayout, got None")
@@ -140,7 +145,7 @@ def ring_tensor_attention(
         unsupported = _unsupported(q, v1, 1, 1) if q.numel() else None  # an empty shard is no matter for its rank
         triton = use_triton("tensor_attention_forward", q, backend, unsupported)
     except (TypeError, ValueError) as error:
-        refuse(error, group, mesh, "sp")
+        refuse(error, group, mesh, "sp", check)
     if name is None and layout.cu_seqlens is None:
         return tensor_attention(
             q, k1, k2, v1, v2, is_causal=is_causal, window1=window1, window2=window2, scale=scale,
@@ -148,7 +153,7 @@ def ring_tensor_attention(
         )  # fmt: skip
     out, lse = _forward_op(
         *autocast(q, k1, k2, v1, v2), layout.key, name or "", scale, list(windows[0]), list(windows[1]), form,
-        symmetric, triton,
+        symmetric, triton, check,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -177,321 +182,6 @@ def _check_symmetric(tensors: dict[str, Tensor], windows: list[Window], form: st
             raise ValueError(f"symmetric must be False unless {second} equals {first}, got True and another {second}")
 
 
-# The tour: the same on all ranks, from layout and windows alone.
-
-
-class _Plan(NamedTuple):
-    """``halos``: for each stream the tokens (before, after) that a rank takes of its neighbours, in place of hops;
-    ``visits``: pairs of offsets."""
-
-    halos: tuple[Window | None, Window | None]
-    visits: tuple[tuple[int, int], ...]
-
-
-@lru_cache(maxsize=64)
-def _plan(layout: SequenceLayout, window1: Window, window2: Window, symmetric: bool) -> _Plan:
-    first, second = _offsets(layout, window1), _offsets(layout, window2)
-    if symmetric:  # each unordered pair once; (b, b) is followed by (b + 1, b + 1) where rows meet
-        rows = [[(a, b) for a in first[: t + 1]] for t, b in enumerate(first)]
-    else:
-        rows = [[(a, b) for a in first] for b in second]
-    visits = [visit for t, row in enumerate(rows) for visit in (row if t % 2 == int(symmetric) else row[::-1])]
-    return _Plan((_halo(layout, window1), _halo(layout, window2)), tuple(visits))
-
-
-def _halo(layout: SequenceLayout, window: Window) -> Window | None:
-    """What a stream takes of its neighbours, where that is all that its queries see: it makes no hops then."""
-    near = min(window) >= 0 and max(window) <= layout.seq_len // layout.world  # the shortest shard
-    return window if layout.kind == "contiguous" and layout.world > 1 and near else None
-
-
-def _offsets(layout: SequenceLayout, window: Window) -> list[int]:
-    """How far a stream comes: offsets at which some rank sees something, its own block first."""
-    if _halo(layout, window) is not None:
-        return [0]
-    world = layout.world
-    if layout.kind != "contiguous":
-        return list(range(world))
-
-    def needed(offset: int) -> bool:
-        pairs = ((layout.runs(r), layout.runs((r - offset) % world)) for r in range(world))
-        return any(_band(q, k, window) for queries, keys in pairs for q, k in product(queries, keys))
-
-    return [0, *filter(needed, range(1, world))]
-
-
-# A visit in calls on runs of equally spaced positions.
-
-Span = tuple[int, int]  # (start, length) within a shard
-
-
-class _Call(NamedTuple):
-    """One call of the operation on a part of a visit: which queries and keys, and how they lie to each other."""
-
-    queries: Span
-    keys1: Span
-    keys2: Span
-    window1: list[int]
-    window2: list[int]
-    offsets: tuple[int, int, int]
-
-    def cut(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """What it takes of q, k1, k2, v1, v2."""
-        spans = (self.queries, self.keys1, self.keys2, self.keys1, self.keys2)
-        return [x.narrow(2, *span) for x, span in zip(operands, spans, strict=True)]
-
-    def options(self, scale: float, form: str) -> tuple:
-        """What follows the tensors: masks, seed, scale, dropout, windows, is_causal, form, offsets."""
-        return (None, None, None, scale, 0.0, self.window1, self.window2, False, form, *self.offsets)
-
-
-def _calls(
-    layout: SequenceLayout,
-    queries: Sequence[range],
-    keys1: Sequence[range],
-    keys2: Sequence[range],
-    window1: Window,
-    window2: Window,
-) -> Iterator[_Call]:
-    """The calls that a visit takes; those in which nothing is seen are left out."""
-    rows, columns1, columns2 = (_pieces(layout, runs) for runs in (queries, keys1, keys2))
-    for document, pieces in rows.items():
-        for (i, q), (j, a), (k, b) in product(pieces, columns1[document], columns2[document]):
-            band1, band2 = _band(q, a, window1), _band(q, b, window2)
-            if band1 is not None and band2 is not None:
-                (seen1, shift1), (seen2, shift2) = band1, band2
-                start = max(shift1, shift2, 0)
-                offsets = (start, start - shift1, start - shift2)
-                yield _Call((i, len(q)), (j, len(a)), (k, len(b)), seen1, seen2, offsets)
-
-
-def _pieces(layout: SequenceLayout, runs: Sequence[range]) -> dict[int, list[tuple[int, range]]]:
-    """Runs cut where documents end: document -> (index in the shard, positions)."""
-    borders = layout.cu_seqlens or (0, layout.seq_len)
-    pieces: dict[int, list[tuple[int, range]]] = defaultdict(list)
-    index = 0
-    for run in runs:
-        while run:
-            document = bisect_right(borders, run[0]) - 1
-            inside = run[: -(-(borders[document + 1] - run[0]) // run.step)]
-            pieces[document].append((index, inside))
-            index += len(inside)
-            run = run[len(inside) :]
-    return pieces
-
-
-def _band(queries: range, keys: range, window: Window) -> tuple[list[int], int] | None:
-    """A window of positions in terms of indices: (window, position of query 0 less that of key 0); None: nothing seen.
-
-    Key j is seen by query i where low <= j - i <= high. Since -1 is unlimited, the limits that the functions take are
-    not negative: the shift makes them so.
-    """
-    step, ahead = queries.step, queries.start - keys.start
-    lowest, highest = 1 - len(queries), len(keys) - 1
-    low = lowest if window[0] < 0 else max(lowest, -((window[0] - ahead) // step))
-    high = highest if window[1] < 0 else min(highest, (window[1] + ahead) // step)
-    if low > high:
-        return None
-    if high < highest:
-        return [-1 if low == lowest else high - low, 0], high
-    return ([0, -1], low) if low > lowest else ([-1, -1], 0)
-
-
-# What travels
-
-
-class _Ring:
-    """One rank's view of a call: its place, the tour, and the block of attention at each stop."""
-
-    def __init__(self, q: Tensor, layout: str, group: str, *options: Any) -> None:
-        self.scale, window1, window2, self.form, self.symmetric, self.triton = options
-        self.windows: tuple[Window, Window] = ((window1[0], window1[1]), (window2[0], window2[1]))
-        self.layout = SequenceLayout.from_key(layout)
-        self.channel = resolve(group)
-        self.rank, self.world = self.channel.rank, self.channel.size
-        self.plan = _plan(self.layout, *self.windows, self.symmetric)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
-
-    def agree(self, q: Tensor, k1: Tensor, v1: Tensor) -> None:
-        """See that all ranks make this call, before the first one over a group."""
-        (batch, heads, _, d), kv_heads, dv = q.shape, k1.shape[1], v1.shape[3]
-        shapes = f"batch {batch}, heads {heads}, kv_heads {kv_heads}, d {d}, dv {dv}, {q.dtype}"
-        options = f"scale {self.scale}, windows {self.windows}, form {self.form}, symmetric {self.symmetric}"
-        agree(self.channel, f"ring_tensor_attention({shapes}, layout {self.layout.key}, {options})", q.device)
-
-    def shift(self, send: Sequence[Tensor], distance: int, length: int, tag: int) -> tuple[Work, list[Tensor]]:
-        """Send to the rank ``distance`` further on, receive as many tensors of ``length`` tokens."""
-        sent = [x.contiguous() for x in send]
-        received = [x.new_empty((*x.shape[:2], length, x.shape[3])) for x in send]
-        work = self.channel.hop(sent, received, distance, tag)
-
-        def wait() -> None:
-            work.wait()
-            sent.clear()  # alive until here
-
-        return Work(wait), received
-
-    def hop(self, send: Sequence[Tensor], at: int, to: int, tag: int) -> tuple[Work, list[Tensor]]:
-        """Send on what belongs to the rank at offset ``at``, receive what belongs to the one at offset ``to``."""
-        return self.shift(send, (to - at) % self.world, self.length(to), tag)
-
-    def length(self, offset: int) -> int:
-        return self.layout.length((self.rank - offset) % self.world)
-
-    def streams(self, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> tuple[_Stream, _Stream]:
-        streams = _Stream(self, 0, [k1, v1], self.plan.halos[0]), _Stream(self, 1, [k2, v2], self.plan.halos[1])
-        for stream in streams:
-            stream.wait()
-        return streams
-
-    def tour(self, streams: Sequence[_Stream]) -> Iterator[tuple[int, int]]:
-        """Make all visits. Yields, with the blocks of one at hand, the offsets of the next; after the last home's."""
-        visits = self.plan.visits
-        for following in visits[1:]:
-            for stream, to in zip(streams, following, strict=True):
-                stream.post(to)
-            yield following
-            for stream in streams:
-                stream.wait()
-        yield (0, 0)
-
-    def calls(self, streams: Sequence[_Stream]) -> Iterator[_Call]:
-        keys1, keys2 = (stream.runs for stream in streams)
-        return _calls(self.layout, self.layout.runs(self.rank), keys1, keys2, *self.windows)
-
-    def weight(self, streams: Sequence[_Stream]) -> int:
-        """How many pairs of blocks this visit stands for."""
-        return 2 if self.symmetric and streams[0].at != streams[1].at else 1
-
-    def operands(self, q: Tensor, streams: Sequence[_Stream]) -> list[Tensor]:
-        """q, k1, k2, v1, v2 of a visit. Plain torch gets them wide, and so returns wide; kernels widen inside."""
-        (k1, v1), (k2, v2) = (stream.held for stream in streams)
-        return [x if self.triton else x.to(self.dtype) for x in (q, k1, k2, v1, v2)]
-
-    def forward(self, operands: Sequence[Tensor], call: _Call) -> tuple[Tensor, Tensor]:
-        arguments = (*call.cut(operands), *call.options(self.scale, self.form))
-        if self.triton:
-            assert _kernels is not None
-            return _kernels.tensor_attention_forward_op(*arguments)
-        return chunked_forward(*arguments)
-
-    def backward(
-        self,
-        grads: tuple[Tensor, Tensor | None],
-        operands: Sequence[Tensor],
-        results: tuple[Tensor, Tensor],
-        call: _Call,
-    ) -> tuple[Tensor, ...]:
-        grad_out, grad_lse, out, lse = (None if x is None else x.narrow(2, *call.queries) for x in (*grads, *results))
-        arguments = (grad_out, grad_lse, *call.cut(operands), out, lse, *call.options(self.scale, self.form))
-        if self.triton:
-            assert _kernels is not None
-            return _kernels.tensor_attention_backward_op(*arguments)
-        return chunked_backward(*arguments)
-
-
-class _Stream:
-    """Keys and values of one set on their way: ``held`` those of the rank ``at`` places before this one.
-
-    With a halo they do not go round: held are the own ones between what the neighbours have of use.
-    """
-
-    def __init__(self, ring: _Ring, tag: int, tensors: Sequence[Tensor], halo: Window | None) -> None:
-        self.ring, self.tag, self.at, self.to = ring, tag, 0, 0
-        self.before, self.after = halo or (0, 0)
-        first, last = ring.rank == 0, ring.rank == ring.world - 1
-        # At the ends of the sequence nothing is taken or given. Messages without tokens are sent all the same, so that
-        # all ranks post as many.
-        self.taken = (0 if first else self.before, 0 if last else self.after)
-        self.given = (0 if first else self.after, 0 if last else self.before)
-        self.held = [x.contiguous() for x in tensors]
-        self._works: list[Work] = []
-        self._coming = [self.held]
-        if self.before:
-            last_tokens = [x.narrow(2, x.shape[2] - self.given[1], self.given[1]) for x in tensors]
-            work, received = ring.shift(last_tokens, 1, self.taken[0], tag)
-            self._works, self._coming = [work], [received, self.held]
-        if self.after:
-            first_tokens = [x.narrow(2, 0, self.given[0]) for x in tensors]
-            work, received = ring.shift(first_tokens, -1, self.taken[1], tag)
-            self._works, self._coming = [*self._works, work], [*self._coming, received]
-
-    @property
-    def runs(self) -> Sequence[range]:
-        """The positions of what is held."""
-        runs = self.ring.layout.runs((self.ring.rank - self.at) % self.ring.world)
-        return [range(run.start - self.taken[0], run.stop + self.taken[1], run.step) for run in runs]
-
-    def post(self, to: int) -> None:
-        """Let the next block come."""
-        if to != self.at:
-            work, received = self.ring.hop(self.held, self.at, to, self.tag)
-            self.to, self._works, self._coming = to, [work], [received]
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-        self.at, self._works = self.to, []
-        pieces = list(zip(*self._coming, strict=True))
-        self.held = [torch.cat(piece, 2) if len(piece) > 1 else piece[0] for piece in pieces]
-        self._coming = [self.held]
-
-
-class _Gradients:
-    """Sums of gradients for what a stream holds: those of the own block stay at home, the others' go where it goes.
-
-    While a sum is under way, ``held`` has what this rank adds to it.
-    """
-
-    def __init__(self, stream: _Stream) -> None:
-        self.stream, self.at = stream, 0
-        self.home = [torch.zeros_like(x, dtype=stream.ring.dtype) for x in stream.held]
-        self.held = self.home
-        self._arriving: tuple[Work, list[Tensor]] | None = None
-
-    def add(self, grads: Sequence[Tensor], span: Span, weight: int) -> None:
-        for mine, grad in zip(self.held, grads, strict=True):
-            mine.narrow(2, *span).add_(grad, alpha=weight)
-
-    def move(self, to: int) -> None:
-        """Follow the block: send its sum on, and hold this rank's part of the next one's."""
-        if to == self.at:
-            return
-        ring, sent = self.stream.ring, self.held
-        if self.at != 0:
-            self._arriving = ring.hop(sent, self.at, to, self.stream.tag + 2)
-        n = ring.length(to)
-        self.held = self.home if to == 0 else [x.new_zeros((*x.shape[:2], n, x.shape[3])) for x in sent]
-        self.at = to
-
-    def settle(self) -> None:
-        """Take in the sum that was under way."""
-        if self._arriving is not None:
-            work, received = self._arriving
-            work.wait()
-            for mine, arrived in zip(self.held, received, strict=True):
-                mine.add_(arrived)
-            self._arriving = None
-
-    def own(self) -> list[Tensor]:
-        """The own block's gradients, with what the neighbours have for it as their halo."""
-        stream, ring = self.stream, self.stream.ring
-        own = [x.narrow(2, stream.taken[0], x.shape[2] - sum(stream.taken)) for x in self.home]
-        arriving = []
-        if stream.before:
-            back = [x.narrow(2, 0, stream.taken[0]) for x in self.home]
-            arriving.append((*ring.shift(back, -1, stream.given[1], stream.tag + 2), True))
-        if stream.after:
-            back = [x.narrow(2, x.shape[2] - stream.taken[1], stream.taken[1]) for x in self.home]
-            arriving.append((*ring.shift(back, 1, stream.given[0], stream.tag + 2), False))
-        for work, received, at_end in arriving:
-            work.wait()
-            for mine, part in zip(own, received, strict=True):
-                n = part.shape[2]
-                mine.narrow(2, mine.shape[2] - n if at_end else 0, n).add_(part)
-        return own
-
-
 # The operation
 
 
@@ -510,9 +200,10 @@ def _forward_op(
     form: str,
     symmetric: bool,
     triton: bool,
+    check: str = "first",
 ) -> tuple[Tensor, Tensor]:
-    ring = _Ring(q, layout, group, scale, window1, window2, form, symmetric, triton)
-    ring.agree(q, k1, v1)
+    ring = Ring(q, layout, group, scale, window1, window2, form, symmetric, triton)
+    ring.agree(q, k1, v1, check)
     out = torch.zeros((*q.shape[:3], v1.shape[3]), dtype=ring.dtype, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=ring.dtype, device=q.device)
     streams = ring.streams(k1, k2, v1, v2)
@@ -547,10 +238,10 @@ def _backward_op(
     symmetric: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ring = _Ring(q, layout, group, scale, window1, window2, form, symmetric, triton)
+    ring = Ring(q, layout, group, scale, window1, window2, form, symmetric, triton)
     dq = torch.zeros(q.shape, dtype=ring.dtype, device=q.device)
     streams = ring.streams(k1, k2, v1, v2)
-    sums = [_Gradients(stream) for stream in streams]
+    sums = [Gradients(stream) for stream in streams]
     for following in ring.tour(streams):
         operands, weight = ring.operands(q, streams), ring.weight(streams)
         for call in ring.calls(streams):
@@ -584,7 +275,7 @@ def _(grad_out, grad_lse, q, k1, k2, v1, v2, *options):
 
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = inputs[5:]
+    ctx.options = inputs[5:-1]
     ctx.set_materialize_grads(False)
 
 
@@ -592,7 +283,7 @@ def _backward(ctx, grad_out, grad_lse):
     *tensors, out, lse = ctx.saved_tensors
     # A rank whose output nobody uses takes part all the same: the others wait for its hops.
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    return *_backward_op(grad_out, grad_lse, *tensors, out, lse, *ctx.options), *(None,) * len(ctx.options)
+    return *_backward_op(grad_out, grad_lse, *tensors, out, lse, *ctx.options), *(None,) * (len(ctx.options) + 1)
 
 
 def _refuse(ctx, *grads):

@@ -88,8 +88,8 @@ def tensor_attention(
         is_causal: a query sees positions up to its own. Position of query i is ``q_offset + i``, of key j of set 1
             ``k1_offset + j``.
         window1, window2: what of each set a query sees. An int w counts the query itself: i - w < j <= i where
-            causal, |i - j| < w otherwise. A pair (left, right) is i - left <= j <= i + right, -1 for unlimited; with
-            ``is_causal`` right is 0.
+            causal, ``|i - j| < w`` otherwise. A pair (left, right) is i - left <= j <= i + right, -1 for unlimited;
+            with ``is_causal`` right is 0.
         dropout_p: probability with which an entry of P is dropped after the softmax; the others are divided by
             1 - dropout_p. A function has no training mode: pass 0 for inference.
         dropout_seed: an int, or an int64 tensor of one element. What is dropped is a function of the seed, the batch
@@ -121,10 +121,11 @@ def tensor_attention(
             large; what an approximation does not have.
         BackendError: ``backend="triton"`` with what the kernels do not support.
         RuntimeError: a second derivative of any backend but "dense"; ``approx="auto"`` under ``torch.compile``.
+        NotImplementedError: dropout under vmap.
 
     Source: arXiv 2310.04064 (exact operation), 2405.16411 (gradients), 2507.02754 (windows, determinant).
 
-    Example::
+    Example:
 
         >>> import torch
         >>> from torchlayers.functional import tensor_attention

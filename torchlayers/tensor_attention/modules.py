@@ -313,7 +313,9 @@ class TensorAttention(nn.Module):
             if not causal:
                 raise ValueError("cache must be None unless attention is causal, got one with is_causal=False")
             if key.shape[1] != query.shape[1]:
-                raise ValueError(f"cache must be None unless key has query's length {query.shape[1]}: {key.shape[1]}")
+                raise ValueError(
+                    f"cache must be None unless key has query's length {query.shape[1]}, got {key.shape[1]}"
+                )
             out = cache.attend(self, q, k1, k2, v1, v2, keep)
         else:
             out = self._attend(q, k1, k2, v1, v2, keep, keep, is_causal=causal)

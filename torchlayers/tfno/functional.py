@@ -120,6 +120,10 @@ def spectral_resample(x: Tensor, size: Sequence[int]) -> Tensor:
     the unpaired frequency ±N/2 is shared out between its two signs, so that real data stay real. Linear, and the
     identity for an unchanged size.
 
+    Args:
+        x: (..., N1, ..., Nd), real or complex; ``d = len(size)``.
+        size: the grid (M1, ..., Md).
+
     Returns:
         (..., M1, ..., Md) in the dtype of ``x``.
 

@@ -246,9 +246,13 @@ class MultigridPatching2D(nn.Module):
             otherwise as :class:`MultiGridPatching`.
 
     Example:
+
+        >>> model = nn.Conv2d(6, 1, 3, padding=1)  # 3 channels at two resolutions
         >>> patcher = MultigridPatching2D(model, levels=1, padding_fraction=0.125)
-        >>> x, y = patcher.patch(x, y)
+        >>> x, y = patcher.patch(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 32, 32))
         >>> out, y = patcher.unpatch(model(x), y)
+        >>> out.shape, y.shape
+        (torch.Size([2, 1, 32, 32]), torch.Size([2, 1, 32, 32]))
     """
 
     def __init__(

@@ -108,6 +108,7 @@ class MultiGridPatching(nn.Module):
     (arXiv 2310.00120): its multi-grid domain decomposition.
 
     Example:
+
         >>> patching = MultiGridPatching(levels=1, padding=4)
         >>> x = torch.randn(2, 3, 32, 32)
         >>> patching.patch(x).shape

@@ -53,7 +53,7 @@ class PrecisionSchedule:
         >>> model = TFNO((8, 8), 1, 1, 8, n_layers=2, stabilizer="tanh")
         >>> schedule = PrecisionSchedule(model, total_steps=100)
         >>> for _ in range(30):
-        ...     with schedule.autocast("cuda"):
+        ...     with schedule.autocast("cpu"):
         ...         pass  # the model and the loss
         ...     schedule.step()
         >>> schedule.phase

@@ -281,6 +281,9 @@ class JointSpectralWeights(nn.Module):
         init_std: standard deviation of the entries at initialisation; "auto" is √(2 / (in + out)).
         device, dtype: of the parameters; dtype is the real one.
 
+    Shape: nothing is called; ``weights[l]`` is a factorized tensor (in, out, modes...), or (channels, modes...) with
+    ``separable``.
+
     Raises:
         TypeError, ValueError: wrong counts, rank or factorization; ``separable`` with unequal channels.
 

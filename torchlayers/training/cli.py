@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, *, config_dir: str | Path) -> i
     parser.add_argument("-m", "--multirun", action="store_true", help="run all combinations of the values named")
     parser.add_argument("--cfg", action="store_true", help="show the resolved config and stop")
     options = parser.parse_intermixed_args(arguments)
-    _log_to_stdout()
+    log_to_stdout()
     rank = os.environ.get("RANK")
     who = "train.py" if rank is None else f"train.py (rank {rank})"
     try:
@@ -96,7 +96,7 @@ def _dispatch(parser: argparse.ArgumentParser, options: argparse.Namespace, conf
     return 0
 
 
-def _log_to_stdout() -> None:
+def log_to_stdout() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]

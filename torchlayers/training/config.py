@@ -174,6 +174,8 @@ class Step(Scheduler):
 
 @dataclass
 class DataConfig:
+    """How training data are read."""
+
     batch_size: int = key(32, "samples in an optimizer step, over all ranks and micro-batches")
     workers: int = key(0, "worker processes that load data, on each rank")
 

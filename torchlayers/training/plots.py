@@ -97,7 +97,8 @@ def comparison(table: dict[str, dict[str, list[float]]], path: Path, *, title: s
             spread = float(found.std()) if len(found) > 1 else 0.0
             ax.errorbar(place, float(found.mean()), yerr=spread, fmt="_", markersize=22, capsize=6, color=colour)
             ax.plot([place] * len(found), found, "o", alpha=0.5, color=colour, markersize=5)
-        ax.set_xticks(range(len(table)), list(table), rotation=20 if max(map(len, table)) > 8 else 0)
+        slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(range(len(table)), list(table), **(slanted if sum(map(len, table)) > 24 else {}))
         ax.set_xlim(-0.6, len(table) - 0.4)
         ax.set_title(metric)
         ax.grid(axis="y", alpha=0.3)

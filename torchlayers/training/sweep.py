@@ -101,7 +101,7 @@ def run_sweep(sweep: Sweep, config_dir: Path) -> int:
             runs.append((arm, seed, compose(parse(own), config_dir)))
 
     def look() -> list[tuple[str, bool, bool]]:
-        _claim(Path(sweep.folder), sweep)
+        claim(Path(sweep.folder), sweep)
         places = [Path(sweep.folder) / f"{_file_name(arm)}-seed{seed}" for arm, seed, _ in runs]
         return [(str(p), (p / "config.yaml").exists(), (p / "summary.json").exists()) for p in places]
 
@@ -159,7 +159,7 @@ def _cell(values: list[float]) -> str:
     return shown if len(values) < 2 or len(set(values)) == 1 else f"{mean:.4g} ± {statistics.stdev(values):.2g}"
 
 
-def _claim(folder: Path, sweep: Sweep) -> None:
+def claim(folder: Path, sweep: Sweep) -> None:
     """Note what the folder holds, or check that it holds this."""
     path = folder / "sweep.json"
     definition: dict[str, Any] = {
