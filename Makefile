@@ -42,7 +42,7 @@ test-all: .venv/.dev  ## all tests, the slow ones too
 	@$(TEST_ENV) $(PYTEST) -m "not gpu"
 	@$(TEST_ENV) TRITON_INTERPRET=1 $(PYTEST) tests -m interpret
 
-test-versions:  ## the tests with another Python and torch, the rest newest: make test-versions PYTHON=python3.12 TORCH=2.14.1
+test-versions:  ## the tests with another Python and torch: make test-versions PYTHON=python3.12 TORCH=2.14.1
 	@PYTHON=$(PYTHON) TORCH=$(TORCH) bash tools/test_versions.sh $(ARGS)
 
 lint: .venv/.dev  ## ruff and mypy

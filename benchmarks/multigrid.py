@@ -73,6 +73,7 @@ def resident_growth(step: Callable[[], Any]) -> int | None:
 
 def _rank(rank: int, ranks: int, size: tuple[int, ...], patches: tuple[int, ...], folder: str) -> None:
     """One process of a world: measures its step and writes what it found."""
+    from torchlayers._ring import leave_group
     from torchlayers.tfno import TFNO, LpLoss
     from torchlayers.tfno.parallel import MultiGridParallel
     from torchlayers.tfno.patching import MultiGridPatching
@@ -100,7 +101,7 @@ def _rank(rank: int, ranks: int, size: tuple[int, ...], patches: tuple[int, ...]
     result["saved"] = saved_bytes(forward, parameters)
     pathlib.Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def world(ranks: int, size: tuple[int, ...], patches: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from torchlayers._ring import leave_group
 from torchlayers.factorized import (
     ComplexParameters,
     FactorizedSlice,
@@ -661,7 +662,7 @@ def _sharded(rank, world, folder):
         set_model_state_dict(model, dict(expected), options=StateDictOptions(full_state_dict=True))
         check()
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.distributed

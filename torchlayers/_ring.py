@@ -34,7 +34,18 @@ if TYPE_CHECKING:
 
     Group: TypeAlias = "ProcessGroup | Channel | str"
 
-__all__ = ["Channel", "LoopbackWorld", "Work", "agree", "dim_names", "group_name", "place", "refuse", "resolve"]
+__all__ = [
+    "Channel",
+    "LoopbackWorld",
+    "Work",
+    "agree",
+    "dim_names",
+    "group_name",
+    "leave_group",
+    "place",
+    "refuse",
+    "resolve",
+]
 
 T = TypeVar("T")
 Message = tuple[int, Tensor]  # (the peer's rank in the group, a contiguous tensor)
@@ -42,6 +53,7 @@ Letter = tuple[int, int, Hashable]
 
 _CONTROL = 1024  # bytes of what ranks tell each other before their first call
 _CONTROL_TAG = 99
+_SETTLE = 0.1  # seconds; gloo's threads need microseconds, once they are scheduled
 
 
 class Work:
@@ -389,6 +401,18 @@ def resolve(name: str) -> Channel:
 
 
 @torch.compiler.assume_constant_result
+def leave_group() -> None:
+    """Destroy this process's groups, once gloo's threads are through with them.
+
+    They take the GIL to free a collective's tensors, some time after its caller has gone on. A group that a thread with
+    the GIL frees meanwhile waits for them, and they for the GIL, for ever; and where they come for it while the
+    interpreter ends, the process aborts.
+    """
+    if dist.get_world_size() > 1:
+        time.sleep(_SETTLE)
+    dist.destroy_process_group()
+
+
 def place(name: str | None) -> tuple[int, int]:
     """(rank, size) of this process in the group of that name; (0, 1) for None. A constant to ``torch.compile``."""
     if name is None:

@@ -24,6 +24,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from ._ring import leave_group
+
 __all__ = [
     "TOLERANCES",
     "assert_close_rel",
@@ -373,5 +375,5 @@ def _serve(rank: int, body: Callable[[int], Any], folder: str, world: int) -> No
     )
     found = body(rank)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

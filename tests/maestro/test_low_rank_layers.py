@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from torchlayers._ring import leave_group
 from torchlayers.maestro import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankEmbedding, LowRankLinear
 from torchlayers.testing import assert_close_rel
 
@@ -431,7 +432,7 @@ def _sharded(process, folder):
         dist.all_gather(gathered, weight)
         assert torch.equal(*gathered)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.distributed

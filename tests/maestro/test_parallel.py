@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
+from torchlayers._ring import leave_group
 from torchlayers.maestro.layers import LowRankConv2d, LowRankLinear
 from torchlayers.maestro.ordered import RankSampler, lod_loss, sampled_ranks
 from torchlayers.maestro.regularization import group_lasso, hgl_prox_, hierarchical_group_lasso
@@ -286,7 +287,7 @@ def _process(rank, folder):
             failures[name] = traceback.format_exc()
         dist.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

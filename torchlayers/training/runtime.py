@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._ring import leave_group
 from .config import Config
 from .errors import ConfigError, TrainingError
 
 __all__ = ["Runtime", "Signals", "get_random_state", "open_runtime", "seed_everything", "set_random_state"]
 
 T = TypeVar("T")
-
-_SETTLE = 0.1  # seconds; gloo's threads need microseconds, once they are scheduled
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,7 @@ def open_runtime(config: Config) -> Iterator[Runtime]:
     try:
         yield Runtime(rank, world, device, _mesh(device, shape, timeout))
     finally:
-        if world > 1:
-            # Gloo's threads take the GIL to free a collective's tensors, some time after its caller has gone on. A
-            # group that a thread with the GIL frees meanwhile waits for them, and they for the GIL, for ever.
-            time.sleep(_SETTLE)
-        dist.destroy_process_group()
+        leave_group()
 
 
 def _mesh(device: torch.device, shape: tuple[int, ...], timeout: timedelta) -> DeviceMesh:
