@@ -400,7 +400,6 @@ def resolve(name: str) -> Channel:
     return found
 
 
-@torch.compiler.assume_constant_result
 def leave_group() -> None:
     """Destroy this process's groups, once gloo's threads are through with them.
 
@@ -413,6 +412,7 @@ def leave_group() -> None:
     dist.destroy_process_group()
 
 
+@torch.compiler.assume_constant_result
 def place(name: str | None) -> tuple[int, int]:
     """(rank, size) of this process in the group of that name; (0, 1) for None. A constant to ``torch.compile``."""
     if name is None:
