@@ -44,28 +44,12 @@ def definition(a, b, sizes, transpose_a=False, transpose_b=False, power=0.0):
     return torch.cat(products)
 
 
-def derivatives(function, tensors, cotangents=None):
-    """Value, first and second derivatives, along given or random cotangents, which come back too."""
-    cotangents = [] if cotangents is None else list(cotangents)
-    given = iter(cotangents)
-
-    def like(t):
-        if (found := next(given, None)) is None:
-            cotangents.append(found := torch.randn_like(t))
-        return found.to(t.dtype)
-
-    value = function(*tensors)
-    first = torch.autograd.grad(value, tensors, like(value), create_graph=True)
-    second = torch.autograd.grad(first, tensors, [like(t) for t in first])
-    return (value, *first, *second), cotangents
-
-
 def wide(tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize(("sizes", "channels", "transpose_a", "transpose_b"), CASES, ids=str)
-def test_value_and_both_derivatives(sizes, channels, transpose_a, transpose_b, device):
+def test_value_and_both_derivatives(sizes, channels, transpose_a, transpose_b, derivatives, device):
     tensors, ptr = make(sizes, channels, device), pointers(sizes, device)
     turned = {"transpose_a": transpose_a, "transpose_b": transpose_b, "power": 0.5}
     with nan_empty():

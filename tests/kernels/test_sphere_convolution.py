@@ -41,28 +41,12 @@ def make(sizes, degrees, points, device):
     return tensors, tables, index
 
 
-def derivatives(function, tensors, cotangents=None):
-    """Value, first derivatives, second derivatives, along given or random cotangents, which come back too."""
-    cotangents = [] if cotangents is None else list(cotangents)
-    given = iter(cotangents)
-
-    def like(t):
-        if (found := next(given, None)) is None:
-            cotangents.append(found := torch.randn_like(t))
-        return found.to(t.dtype)
-
-    value = function(*tensors)
-    first = torch.autograd.grad(value, tensors, like(value), create_graph=True)
-    second = torch.autograd.grad(first, tensors, [like(t) for t in first])
-    return (value, *first, *second), cotangents
-
-
 def wide(tensors):
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize(("sizes", "degrees", "points"), SHAPES)
-def test_value_and_both_derivatives(sizes, degrees, points, device):
+def test_value_and_both_derivatives(sizes, degrees, points, derivatives, device):
     tensors, tables, index = make(sizes, degrees, points, device)
     edges = edge_order(index, sizes[0])
     with nan_empty():
@@ -127,7 +111,7 @@ def test_strides(device):
 
 
 @pytest.mark.parametrize(("nodes", "edges", "channels"), [(2, 0, 3), (0, 0, 3), (2, 2, 0)])
-def test_empty(nodes, edges, channels, device):
+def test_empty(nodes, edges, channels, derivatives, device):
     tensors, tables, index = make((nodes, edges, channels), (1, 1, 2), 6, device)
     order = edge_order(index, nodes)
     with nan_empty():
@@ -137,7 +121,7 @@ def test_empty(nodes, edges, channels, device):
         assert gradient.shape == t.shape and not gradient.any()
 
 
-def test_repeated_runs_agree_bit_for_bit_and_the_order_of_the_list_decides(device):
+def test_repeated_runs_agree_bit_for_bit_and_the_order_of_the_list_decides(derivatives, device):
     tensors, tables, index = make((3, 6, 5), (1, 1, 1), 6, device)
     first, along = derivatives(lambda *t: kernels.sphere_convolution(*t, tables, edge_order(index, 3)), tensors)
     again, _ = derivatives(lambda *t: kernels.sphere_convolution(*t, tables, edge_order(index, 3)), tensors, along)
@@ -154,7 +138,7 @@ def test_repeated_runs_agree_bit_for_bit_and_the_order_of_the_list_decides(devic
 
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("antisymmetric", [False, True])
-def test_the_public_function_takes_the_kernels(antisymmetric, indexed, device):
+def test_the_public_function_takes_the_kernels(antisymmetric, indexed, derivatives, device):
     """Directions, harmonics and tables included, with an edge along -y and one of zero length."""
     x, edge_vec = torch.randn(4, 3, 4, device=device), torch.randn(4, 3, device=device)
     edge_vec[0], edge_vec[1] = torch.tensor([0.0, -2.0, 0.0], device=device), 0

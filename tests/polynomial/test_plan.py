@@ -7,27 +7,14 @@ import random
 import pytest
 import torch
 
+from torchlayers.polynomial.enumeration import missing_patterns
 from torchlayers.polynomial.evaluation import evaluate
 from torchlayers.polynomial.patterns import Pattern
 from torchlayers.polynomial.plan import Plan, contraction_plan
 from torchlayers.polynomial.reference import polynomial
 
-# What PPGN++ cannot compute of degree 5 and 6.
-MISSING = [
-    "ab,ac,ad,bc,cd->bd",
-    "ab,ac,ad,bc,bd,cd->", "ab,ac,ad,bc,bd,cd->a", "ab,ac,ad,bc,bd,cd->ab",
-    "ab,bc,bd,be,cd,ce->de",
-    "ab,bd,be,cd,ce,de->ac", "ab,bd,be,cd,ce,de->ca", "ab,bd,be,cd,ce,de->bc", "ab,bd,be,cd,ce,de->cb",
-    "ab,ad,ae,bc,cd,de->be", "ab,ad,ae,bc,cd,de->eb",
-    "ac,ad,ae,bc,bd,be->cd",
-]  # fmt: skip
-
-
-def parsed(equation, directed=False):
-    operands, outputs = equation.split("->")
-    return Pattern(
-        [(ord(a) - 97, ord(b) - 97) for a, b in operands.split(",")], [ord(c) - 97 for c in outputs], directed
-    )
+# Compared with the paper's equations in test_computability.py.
+MISSING = missing_patterns("ppgn++", 6)
 
 
 def connected_simple(degree):
@@ -78,12 +65,12 @@ def test_time_is_one_more_than_treewidth_at_degree_six_and_seven():
         assert plan.memory_exponent <= 3, pattern
 
 
-@pytest.mark.parametrize("equation", MISSING)
-def test_no_path_of_opt_einsum_scales_better(equation):
+@pytest.mark.parametrize("pattern", MISSING, ids=Pattern.equation)
+def test_no_path_of_opt_einsum_scales_better(pattern):
     opt_einsum = pytest.importorskip("opt_einsum", reason="needs opt_einsum")
-    plan = contraction_plan(parsed(equation))
+    plan, equation = contraction_plan(pattern), pattern.equation()
     n = 64
-    shapes = [(n, n)] * equation.split("->")[0].count(",") + [(n, n)]
+    shapes = [(n, n)] * pattern.degree
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal", memory_limit=n**3)
     assert plan.time_exponent <= max(info.scale_list)
     assert n**plan.memory_exponent == n**3 <= info.largest_intermediate
@@ -92,11 +79,11 @@ def test_no_path_of_opt_einsum_scales_better(equation):
 
 
 def test_the_twelve_missing_polynomials_are_four_products_of_matrices():
-    plan = contraction_plan([parsed(e) for e in MISSING])
+    plan = contraction_plan(MISSING)
     heavy = [s for s in plan.steps if s.time_exponent == 4]
     assert len(heavy) == 4 and all(s.memory_exponent == 2 for s in heavy)
     assert (plan.time_exponent, plan.memory_exponent) == (4, 3)
-    alone = sum(contraction_plan(parsed(e)).multiplications(38) for e in MISSING)
+    alone = sum(contraction_plan(p).multiplications(38) for p in MISSING)
     assert plan.multiplications(38) < 4.2 * 38**4 < alone / 2.5
     # The note's three tensors of n^3 numbers, and matrices.
     assert plan.peak(38) < 3.2 * 38**3
@@ -140,7 +127,7 @@ def test_steps_say_what_they_are():
     """Every intermediate is the polynomial of its own arcs, over its own axes; a support has all terms that count."""
     adj = random_adj(5)
     supported = 0
-    plan = contraction_plan([parsed(e) for e in MISSING])
+    plan = contraction_plan(MISSING)
     tensors = [adj]
     for step in plan.steps:
         operands = [x for number, names in step.inputs for x in (tensors[number], list(names))]
